@@ -1,0 +1,92 @@
+"""Writing whole or not at all: everything is written beside its target, flushed, and renamed into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cadapter.errors import UsageError
+
+
+def refuse_existing(output: Path, force: bool) -> None:
+    """Raise :class:`UsageError` if ``output`` exists and ``force`` does not allow replacing it."""
+    if output.exists() and not force:
+        raise UsageError(f"{output} already exists.\nChoose another output, or give --force to replace it.")
+
+
+def _sibling(target: Path, purpose: str) -> Path:
+    return target.with_name(f".{target.name}.{purpose}-{uuid.uuid4().hex[:8]}")
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync ``path`` (a file or a directory), so that a rename that follows cannot outrun its contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling of ``output`` that becomes ``output`` when the block succeeds.
+
+    When the block raises, the sibling is removed and ``output`` is as it was. With ``force`` an existing
+    directory is replaced only after the new one is complete.
+
+    Raises:
+        UsageError: ``output`` exists and ``force`` is not given, or its parent cannot be written.
+    """
+    output = Path(os.path.abspath(output))
+    refuse_existing(output, force)
+    temporary = _sibling(output, "partial")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        replace_directory(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Rename directory ``new`` to ``target``; what stood at ``target`` is removed only afterwards."""
+    old = _sibling(target, "replaced")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    flush_to_disk(target.parent)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
+    temporary = _sibling(path, "partial")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
