@@ -1,0 +1,1 @@
+"""Offline work on tensors: adapters to LoRA directories, and merging into a model. Imports no training code."""

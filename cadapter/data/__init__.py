@@ -1,0 +1,18 @@
+"""Documents in, batches out: reading, tokenising, packing, the cache, and which sequences make up a step."""
+
+from __future__ import annotations
+
+from cadapter.data.preparing import DatasetReport, PreparedData, documents_from_file, load_tokenizer, prepare_data
+from cadapter.data.sequences import HeldOutDocument, PackedSequences
+from cadapter.data.tokenising import Tokenizer
+
+__all__ = [
+    "DatasetReport",
+    "HeldOutDocument",
+    "PackedSequences",
+    "PreparedData",
+    "Tokenizer",
+    "documents_from_file",
+    "load_tokenizer",
+    "prepare_data",
+]

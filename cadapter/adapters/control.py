@@ -1,0 +1,247 @@
+"""Control Adapters: the low-rank, multiplicative change of what a decoder block adds to the residual stream.
+
+With Δh what the block adds, one row per token, ``W = s·B·A`` and the token's class c, the block gives
+
+    h' = h + Δh + y,    y = s·B·T_c·(A·Δh)
+
+where only the [r, r] matrix T_c differs: the identity for class +1 (y = W·Δh), ``−(I + M)^-1`` with
+``M = s·A·B`` for class −1 (y = ((I + W)^-1 − I)·Δh, by Woodbury), zero for class 0 and for positions that
+predict nothing. The method is jukofyork's (qlora-pipe-lite); W is never formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadapter.adapters.dropout import keep_mask
+from cadapter.algebra import core, exact_inverse, neumann_inverse
+from cadapter.classes import NEGATIVE, NEUTRAL, POSITIVE
+from cadapter.errors import CadapterError
+from cadapter.models.families import Family
+
+SITES = ("block", "mlp", "writes")
+
+Transform = tuple[int, Tensor | None]
+"""A code and the [r, r] matrix that positions with this code receive; None is the identity."""
+
+SMALLEST_SQUARED_DELTA = 1e-6
+"""Lower bound of ‖Δh‖² in the neutral loss, so that a position where the block adds nothing divides by no zero."""
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """What the adapters of one run have in common.
+
+    Attributes:
+        rank: r.
+        alpha: the scale is ``s = alpha / r``.
+        site: where the adapter acts: "block", "mlp" or "writes".
+        inverse: how class −1 inverts: "exact", or "neumann" (the published method).
+        neumann_order: number of terms of the Neumann series.
+        dropout: probability with which a component of Δh is left out before A, in training.
+    """
+
+    rank: int
+    alpha: float
+    site: str = "block"
+    inverse: str = "exact"
+    neumann_order: int = 2
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.rank
+
+
+def initial_factor(seed: int, layer: int, name: str, rank: int, hidden_size: int) -> Tensor:
+    """Return the initial A of a layer, [r, H]: Kaiming-uniform with a = √5, i.e. uniform in ±1/√H.
+
+    A function of (seed, layer, name) only, so that every layout starts alike.
+    """
+    digest = hashlib.sha256(f"{seed}/{layer}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return (torch.rand(rank, hidden_size, generator=generator, dtype=torch.float32) * 2 - 1) / hidden_size**0.5
+
+
+class ControlAdapter(nn.Module):
+    """The factors of one layer, in float32: A [r, H] and B [H, r] (zero, so that training starts at the identity)."""
+
+    def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
+        super().__init__()
+        self.settings = settings
+        self.layer = layer
+        first = initial_factor(seed, layer, "control_A", settings.rank, hidden_size)
+        self.control_A = nn.Parameter(first.to(device))
+        self.control_B = nn.Parameter(torch.zeros(hidden_size, settings.rank, device=device))
+
+    def class_transforms(self) -> list[Transform]:
+        """T_c of the classes +1 and −1, differentiable in A and B."""
+        middle = core(self.control_A, self.control_B, self.settings.scale)
+        if self.settings.inverse == "exact":
+            inverse = exact_inverse(middle)
+        else:
+            inverse = neumann_inverse(middle, self.settings.neumann_order)
+        return [(POSITIVE, None), (NEGATIVE, inverse)]
+
+    def forward(self, delta: Tensor, codes: Tensor, transforms: Sequence[Transform]) -> Tensor:
+        """Return y = s·B·T_c·(A·Δh), [.., H] in float32.
+
+        Args:
+            delta: Δh, [.., H].
+            codes: [..], which of ``transforms`` each position receives; a code that is not among them gets y = 0.
+            transforms: the matrices by code.
+        """
+        reduced = delta.float() @ self.control_A.T
+        chosen = torch.zeros_like(reduced)
+        for code, matrix in transforms:
+            image = reduced if matrix is None else reduced @ matrix.T
+            chosen = torch.where((codes == code).unsqueeze(-1), image, chosen)
+        return chosen @ (self.settings.scale * self.control_B).T
+
+    def neutral_penalty(self, delta: Tensor, classes: Tensor) -> Tensor:
+        """Return Σ ‖W·Δh‖² / max(‖Δh‖², 1e-6) over the positions of class 0, a scalar.
+
+        ‖W·Δh‖² = s²·zᵀ·(BᵀB)·z with z = A·Δh, so nothing wider than r is computed.
+        """
+        delta = delta.float()
+        reduced = delta @ self.control_A.T
+        gram = self.control_B.T @ self.control_B
+        moved = self.settings.scale**2 * ((reduced @ gram) * reduced).sum(-1)
+        size = delta.square().sum(-1).clamp(min=SMALLEST_SQUARED_DELTA)
+        return torch.where(classes == NEUTRAL, moved / size, 0.0).sum()
+
+
+@dataclass
+class _Pass:
+    """What one forward pass of a controlled block carries to the places where the adapter acts."""
+
+    codes: Tensor
+    transforms: Sequence[Transform]
+    dropout_rows: Tensor | None
+    penalise_neutral: bool
+    penalty: Tensor
+    written: list[Tensor]
+
+
+class ControlledBlock(nn.Module):
+    """A decoder block with a Control Adapter around it; it stands in for the block wherever the block is called.
+
+    The adapter acts on what the block's two modules write to the residual stream, seen through forward hooks:
+
+    * site "block": on their sum, after the block (for families whose block adds something else than this sum, on
+      block output − block input);
+    * site "mlp": on what the MLP writes, before anything else sees it;
+    * site "writes": on what the attention and the MLP write, each on its own.
+    """
+
+    def __init__(self, block: nn.Module, adapter: ControlAdapter, family: Family) -> None:
+        super().__init__()
+        self.block = block
+        self.adapter = adapter
+        self.family = family
+        self.fixed: tuple[Tensor | None, Sequence[Transform]] | None = None
+        self._pass: _Pass | None = None
+        attention, mlp = getattr(block, family.attention), getattr(block, family.mlp)
+        attention.register_forward_hook(self._after_attention)
+        mlp.register_forward_hook(self._after_mlp)
+
+    @property
+    def applications(self) -> int:
+        """How often the adapter acts in one pass through the block."""
+        return 2 if self.adapter.settings.site == "writes" else 1
+
+    def fix(self, transforms: Sequence[Transform], codes: Tensor | None = None) -> None:
+        """Apply ``transforms`` from now on when the block is called without codes, as generation does.
+
+        ``codes`` broadcasts to [batch, tokens]; by default every position has code +1.
+        """
+        self.fixed = (codes, transforms)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the block as it would be called without an adapter; transforms and codes are those of :meth:`fix`."""
+        if self.fixed is None:
+            raise CadapterError(f"The adapter of layer {self.adapter.layer} was called before its strength was set.")
+        codes, transforms = self.fixed
+        if codes is None:
+            codes = torch.full((1, 1), POSITIVE, dtype=torch.int8, device=hidden.device)
+        return self.controlled(hidden, codes, transforms, args=args, kwargs=kwargs)[0]
+
+    def controlled(
+        self,
+        hidden: Tensor,
+        codes: Tensor,
+        transforms: Sequence[Transform],
+        *,
+        dropout_rows: Tensor | None = None,
+        penalise_neutral: bool = False,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the block's changed output [B, T, H] and its neutral penalty (a float32 scalar, 0 if not asked for).
+
+        Args:
+            hidden: the residual stream, [B, T, H].
+            codes: [B, T]; the classes in training.
+            transforms: by code.
+            dropout_rows: [B] int64, one number per row that dropout's masks are a function of.
+            penalise_neutral: sum the loss of the neutral positions.
+            args, kwargs: what else the block is called with.
+        """
+        state = _Pass(codes, transforms, dropout_rows, penalise_neutral, hidden.new_zeros((), dtype=torch.float32), [])
+        self._pass = state
+        try:
+            output = self.block(hidden, *args, **kwargs)
+        finally:
+            self._pass = None
+        if self.adapter.settings.site == "block":
+            delta = sum_of(state.written) if self.family.sums_branches else output.float() - hidden.float()
+            output = (output.float() + self._change(state, delta, 0)).to(output.dtype)
+        return output, state.penalty
+
+    def _change(self, state: _Pass, delta: Tensor, place: int) -> Tensor:
+        delta = delta.float()
+        if state.penalise_neutral:
+            state.penalty = state.penalty + self.adapter.neutral_penalty(delta, state.codes)
+        if self.training and state.dropout_rows is not None:
+            rate = self.adapter.settings.dropout
+            delta = delta * keep_mask(state.dropout_rows, 2 * self.adapter.layer + place, delta.shape, rate)
+        return self.adapter(delta, state.codes, state.transforms)
+
+    def _after_attention(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if self._pass is None:
+            return None
+        written = output[0] if isinstance(output, tuple) else output
+        if self.adapter.settings.site == "block":
+            self._pass.written.append(written)
+        if self.adapter.settings.site != "writes":
+            return None
+        changed = (written.float() + self._change(self._pass, written, 0)).to(written.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def _after_mlp(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if self._pass is None:
+            return None
+        written = output[0] if isinstance(output, tuple) else output
+        if self.adapter.settings.site == "block":
+            self._pass.written.append(written)
+            return None
+        changed = (written.float() + self._change(self._pass, written, 1)).to(written.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def sum_of(written: Sequence[Tensor]) -> Tensor:
+    """Return the float32 sum of what a block's modules wrote.
+
+    Δh taken as a difference of two bfloat16 residual streams would carry their rounding.
+    """
+    total = written[0].float()
+    for other in written[1:]:
+        total = total + other.float()
+    return total

@@ -1,0 +1,459 @@
+"""Control-adapter directories on disk: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
+
+The config is PEFT-shaped. Factors are stored as trained, in float32, under
+``base_model.model.model.layers.N.control_A.weight`` [r, H] and ``….control_B.weight`` [H, r]. Directories of the
+published tool (qlora-pipe-lite), whose ``peft_type`` is "LORA", are recognised by their ``control_A`` keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cadapter.adapters.control import SITES
+from cadapter.errors import UsageError
+from cadapter.files import write_json, write_text
+from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.families import family_of
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONTROL_TYPE = "CONTROL_ADAPTER"
+MULTIPLICATIVE_TYPE = "MULTIPLICATIVE_LORA"
+INVERSES = ("exact", "neumann")
+
+_CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.control_([AB])(?:\.weight)?")
+_SYMMETRIC_KEY = re.compile(r".*\.control_(Q|S|lambda)(\.weight)?")
+
+Kind = Literal["control", "multiplicative", "additive"]
+
+
+@dataclass
+class LowRank:
+    """One layer's factors as stored: A [r, H] and B [H, r]."""
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a conversion must know of one decoder layer of the base, names being those within the layer.
+
+    Attributes:
+        attention, mlp: the residual writers of the two modules.
+        post_norms: a norm stands between a writer and the addition to the residual stream.
+        biased: the writers that have a non-zero bias.
+    """
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    post_norms: bool = False
+    biased: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the config under "layers"."""
+        return {
+            "attention": list(self.attention),
+            "mlp": list(self.mlp),
+            "post_norms": self.post_norms,
+            "biased": list(self.biased),
+        }
+
+
+@dataclass
+class ControlAdapterFiles:
+    """A control adapter as its directory holds it.
+
+    Attributes:
+        path: the directory (for messages).
+        rank, alpha: r, and alpha such that ``scale = alpha / r``.
+        layers: factors by layer number.
+        site, form, inverse, neumann_order: how it was trained.
+        base_model_type, base_model_name_or_path: the base, where recorded.
+        facts: facts of the base's layers by layer number; empty where not recorded.
+        config: the whole ``adapter_config.json``; keys that this class does not know survive a rewrite.
+    """
+
+    path: Path
+    rank: int
+    alpha: float
+    layers: dict[int, LowRank]
+    site: str = "block"
+    form: str = "general"
+    inverse: str = "exact"
+    neumann_order: int = 2
+    base_model_type: str | None = None
+    base_model_name_or_path: str | None = None
+    facts: dict[int, LayerFacts] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.rank
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return next(iter(self.layers.values())).A.shape[1]
+
+
+def describe_layers(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, LayerFacts]:
+    """Facts of ``layers`` of a base model, for :class:`ControlAdapterFiles`; reads the writers' biases and no more.
+
+    Raises:
+        UsageError: the model's family is not supported.
+    """
+    family = family_of(checkpoint.config.model_type)
+    writers = (*family.attention_writers, *family.mlp_writers)
+    facts = {}
+    for layer in layers:
+        names = {writer: f"model.layers.{layer}.{writer}.bias" for writer in writers}
+        biased = tuple(
+            writer for writer, name in names.items() if name in checkpoint and bool(checkpoint.tensor(name).any())
+        )
+        facts[layer] = LayerFacts(family.attention_writers, family.mlp_writers, family.post_norms, biased)
+    return facts
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json`` of an adapter directory of any kind.
+
+    Raises:
+        UsageError: there is none, or it is no JSON object.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory.\nGive the directory of an adapter.")
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file}, line {error.lineno}: broken JSON ({error.msg}).") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} must hold a JSON object, not a {type(config).__name__}.")
+    return config
+
+
+def _weights_file(path: Path) -> Path:
+    file = path / WEIGHTS_NAME
+    if file.is_file():
+        return file
+    if (path / "adapter_model.bin").exists():
+        raise UsageError(
+            f"{path} holds pickled weights (adapter_model.bin), and unpickling a file can run any code.\n"
+            f"Convert them to {WEIGHTS_NAME} with the program that wrote them."
+        )
+    raise UsageError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}.")
+
+
+def adapter_keys(path: Path) -> list[str]:
+    """Names of the tensors in an adapter directory.
+
+    Raises:
+        UsageError: its weights are missing, pickled or damaged.
+    """
+    file = _weights_file(path)
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file} is damaged: {error}.") from error
+
+
+def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of an adapter directory and make sure that they are finite floating-point numbers.
+
+    Raises:
+        UsageError: the weights are missing, pickled, damaged or empty, or a tensor holds anything else.
+    """
+    file, tensors = _weights_file(path), {}
+    try:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                tensors[name] = weights.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file} is damaged: {error}.") from error
+    if not tensors:
+        raise UsageError(f"{file} holds no tensors.")
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
+            raise UsageError(f"{file}: {name} holds {tensor.dtype}, not float32, float16 or bfloat16 numbers.")
+        if not torch.isfinite(tensor).all():
+            raise UsageError(f"{file}: {name} holds NaN or infinite values: the adapter is broken.")
+    return tensors
+
+
+def kind_of(path: Path) -> Kind:
+    """Tell which kind of adapter a directory holds, by its keys first and its ``peft_type`` second.
+
+    Raises:
+        UsageError: it holds none that cadapter knows.
+    """
+    config = read_adapter_config(path)
+    if any(_CONTROL_KEY.fullmatch(key) or _SYMMETRIC_KEY.fullmatch(key) for key in adapter_keys(path)):
+        return "control"
+    peft_type = config.get("peft_type")
+    if peft_type == MULTIPLICATIVE_TYPE:
+        return "multiplicative"
+    if peft_type == "LORA":
+        return "additive"
+    if peft_type == CONTROL_TYPE:
+        raise UsageError(
+            f"{path / WEIGHTS_NAME} has no control_A and control_B tensors although {CONFIG_NAME} says so."
+        )
+    raise UsageError(
+        f"{path / CONFIG_NAME}: peft_type is {peft_type!r}.\n"
+        f"cadapter reads {CONTROL_TYPE} and {MULTIPLICATIVE_TYPE} directories and LORA ones."
+    )
+
+
+def positive_number(config: Mapping[str, Any], key: str, file: Path) -> float:
+    """Return ``config[key]`` as a positive finite number.
+
+    Raises:
+        UsageError: it is missing or something else.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{file}: {key} must be a positive number, not {value!r}.")
+    return float(value)
+
+
+def _one_of(config: Mapping[str, Any], key: str, allowed: tuple[str, ...], file: Path) -> str:
+    value = config.get(key, allowed[0])
+    if value not in allowed:
+        raise UsageError(f"{file}: {key} is {value!r}; it must be one of {', '.join(allowed)}.")
+    return str(value)
+
+
+def _read_factors(path: Path, rank: int) -> dict[int, LowRank]:
+    """Group the tensors by layer and check that every layer has both factors, of one rank and one hidden size."""
+    file = path / WEIGHTS_NAME
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in read_adapter_tensors(path).items():
+        match = _CONTROL_KEY.fullmatch(name)
+        if match is None:
+            if _SYMMETRIC_KEY.fullmatch(name):
+                raise UsageError(f"{file}: {name} belongs to a symmetric control adapter, which is not supported yet.")
+            raise UsageError(f"{file}: unexpected tensor {name}; a control adapter has control_A and control_B only.")
+        layer, factor = int(match[1]), match[2]
+        if factor in found.setdefault(layer, {}):
+            raise UsageError(f"{file}: {name} names layer {layer} a second time.")
+        if tensor.ndim != 2 or tensor.shape[0 if factor == "A" else 1] != rank:
+            expected = f"[{rank}, hidden size]" if factor == "A" else f"[hidden size, {rank}]"
+            raise UsageError(f"{file}: {name} has shape {list(tensor.shape)}; with r = {rank} it must be {expected}.")
+        found[layer][factor] = tensor
+    layers = {}
+    for layer in sorted(found):
+        missing = {"A", "B"} - found[layer].keys()
+        if missing:
+            raise UsageError(f"{file}: layer {layer} has no control_{missing.pop()}; its other factor is there.")
+        layers[layer] = LowRank(found[layer]["A"], found[layer]["B"])
+    hidden_size = next(iter(layers.values())).A.shape[1]
+    for layer, factors in layers.items():
+        if factors.A.shape[1] != hidden_size or factors.B.shape[0] != hidden_size:
+            raise UsageError(
+                f"{file}: layer {layer} has hidden sizes {factors.A.shape[1]} (control_A) and {factors.B.shape[0]} "
+                f"(control_B); the first layer has {hidden_size}."
+            )
+    return layers
+
+
+def _check_layer_list(config: Mapping[str, Any], layers: Iterable[int], file: Path) -> None:
+    listed = config.get("layers_to_transform")
+    if listed is None:
+        return
+    listed = [listed] if isinstance(listed, int) else listed
+    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+        raise UsageError(f"{file}: layers_to_transform must be a list of layer numbers.")
+    if len(set(listed)) != len(listed):
+        twice = next(layer for layer in listed if listed.count(layer) > 1)
+        raise UsageError(f"{file}: layers_to_transform names layer {twice} twice.")
+    if set(listed) != set(layers):
+        raise UsageError(
+            f"{file}: layers_to_transform says {sorted(listed)}, but {WEIGHTS_NAME} holds layers {sorted(layers)}."
+        )
+
+
+def _read_facts(config: Mapping[str, Any], layers: Iterable[int], file: Path) -> dict[int, LayerFacts]:
+    recorded = config.get("layers")
+    if recorded is None:
+        return {}
+    facts = {}
+    try:
+        for layer in layers:
+            entry = recorded[str(layer)]
+            facts[layer] = LayerFacts(
+                tuple(entry["attention"]), tuple(entry["mlp"]), bool(entry["post_norms"]), tuple(entry["biased"])
+            )
+    except (KeyError, TypeError) as error:
+        raise UsageError(f'{file}: the entry of layer {layer} under "layers" is incomplete ({error}).') from error
+    return facts
+
+
+def read_control_adapter(path: Path) -> ControlAdapterFiles:
+    """Read and validate a control-adapter directory, ours or of the published tool.
+
+    ``use_rslora`` of a published config is folded into ``alpha``, so that ``scale = alpha / r`` always holds.
+
+    Raises:
+        UsageError: anything is not right, with file and tensor or key named.
+    """
+    path = Path(path)
+    config = read_adapter_config(path)
+    if kind_of(path) != "control":
+        raise UsageError(f"{path} is not a control adapter: {WEIGHTS_NAME} has no control_A and control_B tensors.")
+    file = path / CONFIG_NAME
+    if _one_of(config, "control_form", ("general", "symmetric"), file) == "symmetric":
+        raise UsageError(f"{path} is a symmetric control adapter, which is not supported yet.")
+    rank, alpha = positive_number(config, "r", file), positive_number(config, "lora_alpha", file)
+    if not rank.is_integer():
+        raise UsageError(f"{file}: r must be a whole number, not {rank}.")
+    order = config.get("control_neumann_order", 2)
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+        raise UsageError(f"{file}: control_neumann_order must be a whole number of at least 1, not {order!r}.")
+    layers = _read_factors(path, int(rank))
+    _check_layer_list(config, layers, file)
+    return ControlAdapterFiles(
+        path=path,
+        rank=int(rank),
+        alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+        layers=layers,
+        site=_one_of(config, "control_site", SITES, file),
+        inverse=_one_of(config, "control_inverse", INVERSES, file),
+        neumann_order=order,
+        base_model_type=config.get("base_model_type"),
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        facts=_read_facts(config, layers, file),
+        config=config,
+    )
+
+
+def validate_against(adapter: ControlAdapterFiles, hidden_size: int, layers: int) -> None:
+    """Make sure that ``adapter`` fits a model of this hidden size and number of layers.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if adapter.hidden_size != hidden_size:
+        raise UsageError(
+            f"{adapter.path} is an adapter of another hidden size: {adapter.hidden_size}, where the model has "
+            f"{hidden_size}.\nUse it with the model it was trained on" + _trained_on(adapter)
+        )
+    outside = [layer for layer in adapter.layers if layer >= layers]
+    if outside:
+        raise UsageError(
+            f"{adapter.path} has factors for layer {outside[0]}, but the model has {layers} layers (0 to {layers - 1})."
+            "\nUse it with the model it was trained on" + _trained_on(adapter)
+        )
+
+
+def _trained_on(adapter: ControlAdapterFiles) -> str:
+    return f" ({adapter.base_model_name_or_path})." if adapter.base_model_name_or_path else "."
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def control_config(adapter: ControlAdapterFiles) -> dict[str, Any]:
+    """``adapter_config.json`` of ``adapter``: what its fields say, and what else its ``config`` holds."""
+    config = {key: value for key, value in adapter.config.items() if key not in ("use_rslora", "layers")}
+    config.update(
+        peft_type=CONTROL_TYPE,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        layers_to_transform=sorted(adapter.layers),
+        base_model_name_or_path=adapter.base_model_name_or_path,
+        base_model_type=adapter.base_model_type,
+        control_form=adapter.form,
+        control_site=adapter.site,
+        control_inverse=adapter.inverse,
+        control_neumann_order=adapter.neumann_order,
+        hidden_size=adapter.hidden_size,
+    )
+    if adapter.facts:
+        config["layers"] = {str(layer): facts.to_json() for layer, facts in sorted(adapter.facts.items())}
+    return config
+
+
+def write_control_adapter(
+    directory: Path, adapter: ControlAdapterFiles, card: str, extra_files: Mapping[str, str] | None = None
+) -> None:
+    """Write ``adapter`` into ``directory``, which exists (see :func:`cadapter.files.new_directory`).
+
+    Factors are written in float32; ``card`` becomes README.md, ``extra_files`` further text files by name.
+    """
+    tensors = {}
+    for layer, factors in adapter.layers.items():
+        prefix = f"base_model.model.model.layers.{layer}"
+        tensors[f"{prefix}.control_A.weight"] = factors.A.detach().to("cpu", torch.float32).contiguous()
+        tensors[f"{prefix}.control_B.weight"] = factors.B.detach().to("cpu", torch.float32).contiguous()
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    write_json(directory / CONFIG_NAME, control_config(adapter))
+    for name, text in {**(extra_files or {}), "README.md": card}.items():
+        write_text(directory / name, text)
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Spell layer numbers as ranges: [0, 1, 2, 5] → "0:2,5"."""
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ",".join(f"{first}:{last}" if last > first else f"{first}" for first, last in ranges)
+
+
+def control_card(adapter: ControlAdapterFiles) -> str:
+    """The model card of a control adapter, in Markdown."""
+    base = adapter.base_model_name_or_path or "(not recorded)"
+    inverse = "exact" if adapter.inverse == "exact" else f"Neumann series of order {adapter.neumann_order}"
+    return f"""---
+library_name: cadapter
+tags:
+- control-adapter
+---
+
+# Control Adapter
+
+A Control Adapter changes what each decoder block adds to the residual stream: with `W = s·B·A` of low rank, strength
++1 applies `I + W`, strength −1 its inverse, and every strength t between and beyond `(I + W)^t`.
+
+| | |
+|---|---|
+| base model | `{base}` ({adapter.base_model_type or "type not recorded"}) |
+| rank, alpha, scale | {adapter.rank}, {adapter.alpha:g}, {adapter.scale:g} |
+| layers | {layer_ranges(adapter.layers)} ({len(adapter.layers)}) |
+| form, site | {adapter.form}, `{adapter.site}` |
+| inverse in training | {inverse} |
+
+## Use
+
+This is not a LoRA and `peft` does not load it; `cadapter` applies it natively, or converts and merges it:
+
+```sh
+cadapter inspect-norms ADAPTER
+cadapter generate BASE "Once upon a time" --adapter ADAPTER --compare
+cadapter to-add-lora BASE ADAPTER OUTPUT --strength 0.5
+cadapter merge BASE ADAPTER OUTPUT --strength -1
+```
+"""

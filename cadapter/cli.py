@@ -1,0 +1,142 @@
+"""The program ``cadapter``: its commands, the options they share, and what an error looks like."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cadapter import __version__, terminal
+from cadapter.errors import CadapterError, Stopped
+
+COMMANDS = ("train", "schema")
+"""The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with
+``EXAMPLES`` beside it: the command lines that its help ends with."""
+
+_GLOBAL = "Options of every command"
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Print results, warnings and errors only.", rich_help_panel=_GLOBAL)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback of an error.", rich_help_panel=_GLOBAL)]
+
+_debug = False
+_ERRORS_OF_TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
+
+
+def _examples(lines: Sequence[str]) -> str:
+    """The epilog of a help page: one example a line, with nothing in it taken for markup."""
+    return "\n".join(["[bold]Examples[/bold]", *(line.replace("[", "\\[") for line in lines)])
+
+
+app = typer.Typer(
+    name="cadapter",
+    help="Train, measure and convert Control Adapters: one low-rank adapter that enhances and suppresses.",
+    epilog=_examples(["cadapter schema > cadapter.schema.json", "cadapter schema --help"]),
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cadapter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    quiet: Quiet = False,
+    debug: Debug = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    terminal.set_quiet(quiet)
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    """Turn what a command raises into a few plain lines and an exit code; a traceback appears only with --debug."""
+    try:
+        yield
+    except (BrokenPipeError, *_ERRORS_OF_TYPER):
+        raise  # Typer's own business
+    except CadapterError as error:
+        _show_traceback()
+        if isinstance(error, Stopped):
+            print(error, file=sys.stderr)
+        else:
+            terminal.error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _show_traceback()
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        _show_traceback()
+        hint = "" if _debug else "\nRun again with --debug for the traceback, and report it."
+        terminal.error(f"internal error: {type(error).__name__}: {error}{hint}")
+        raise typer.Exit(1) from None
+
+
+def _show_traceback() -> None:
+    if _debug:
+        import traceback
+
+        traceback.print_exc()
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with ``--quiet`` and ``--debug`` after its own options, and with its errors as exit codes."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, quiet: bool, debug: bool, **options: Any) -> None:
+        global _debug
+        _debug = _debug or debug
+        if quiet:
+            terminal.set_quiet(True)
+        with _errors_as_exit_codes():
+            command(*arguments, **options)
+
+    signature = inspect.signature(command, eval_str=True)
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("quiet", Quiet), ("debug", Debug))
+    ]
+    parameters = [*signature.parameters.values(), *shared]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def register(name: str, command: Callable[..., None], examples: Sequence[str]) -> None:
+    """Add ``command`` to the program as ``cadapter NAME``; its docstring, a paragraph at a time, is its help."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name, help=text, epilog=_examples(examples))(_guarded(command))
+
+
+for _name in COMMANDS:
+    _module = importlib.import_module(f"cadapter.commands.{_name.replace('-', '_')}")
+    register(_name, _module.command, _module.EXAMPLES)
+
+
+def main() -> NoReturn:
+    """Run the program with the arguments of the process, and end the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without the character is no reason to fail
+    app(prog_name="cadapter")
+    sys.exit(0)

@@ -1,0 +1,95 @@
+"""``cadapter train``: train a Control Adapter as a config says, on one process or on many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = (
+    "cadapter train config.toml --dry-run",
+    "cadapter train config.toml --num-gpus 4 --set lr=1e-4",
+)
+
+_PROCESSES = "Processes"
+_NODES = "Several nodes"
+
+
+def command(
+    config: Annotated[Path | None, typer.Argument(help="The run's config, a TOML file.", show_default=False)] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume-from-checkpoint", help="Continue from the newest checkpoint of output_dir that is whole."
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that output_dir holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show layout, steps and memory; train nothing.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config; can be given repeatedly."),
+    ] = None,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes on this machine: all visible GPUs by default; without GPUs one.",
+            show_default=False,
+            rich_help_panel=_PROCESSES,
+        ),
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option(help="Port of the first process.", show_default=False, rich_help_panel=_PROCESSES)
+    ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option(help="Number of machines.", show_default=False, rich_help_panel=_NODES)
+    ] = None,
+    hostfile: Annotated[
+        str | None,
+        typer.Option(
+            help="File of lines 'HOST slots=N', one for each machine.", show_default=False, rich_help_panel=_NODES
+        ),
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of the first machine.", show_default=False, rich_help_panel=_NODES)
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(help="Number of this machine, from 0.", show_default=False, rich_help_panel=_NODES),
+    ] = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start this machine's part only.", rich_help_panel=_NODES)
+    ] = False,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="DeepSpeed's launcher, such as pdsh.", show_default=False, rich_help_panel=_NODES),
+    ] = None,
+    config_option: Annotated[Path | None, typer.Option("--config", hidden=True)] = None,
+) -> None:
+    """Train a Control Adapter as CONFIG says.
+
+    On several GPUs the command starts itself again under DeepSpeed's launcher; under torchrun or srun it joins their
+    job. SIGTERM or Ctrl-C saves a checkpoint and stops; --resume-from-checkpoint continues exactly there.
+    """
+    from cadapter.config import load_config
+    from cadapter.errors import UsageError
+    from cadapter.training.launch import LaunchOptions, relaunched
+
+    source = config or config_option
+    if source is None:
+        raise UsageError("train needs a config.\nGive its path: cadapter train config.toml")
+    settings = load_config(source, overrides or ())
+    options = LaunchOptions(num_gpus, num_nodes, hostfile, master_addr, master_port, node_rank, no_ssh, launcher)
+    arguments = ["train", str(source)]
+    arguments += ["--resume-from-checkpoint"] * resume + ["--force"] * force + ["--dry-run"] * dry_run
+    for override in overrides or ():
+        arguments += ["--set", override]
+    code = relaunched(options, settings.pipeline_stages, arguments)
+    if code is not None:
+        raise typer.Exit(code)
+
+    from cadapter.training.run import TrainOptions, train
+
+    train(settings, source, TrainOptions(resume=resume, force=force, dry_run=dry_run))

@@ -1,0 +1,103 @@
+"""What no single key can know: combinations that cannot work, and those that work but are hardly meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cadapter.classes import NEUTRAL, POSITIVE
+from cadapter.config.lines import KeyPath
+from cadapter.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong at ``path``; ``text`` says what is wrong and, after a semicolon, what to do."""
+
+    path: KeyPath
+    text: str
+    shows_value: bool = True
+
+    @property
+    def key(self) -> str:
+        """The path as it is written after --set: ``datasets.0.control_class``."""
+        return ".".join(str(part) for part in self.path)
+
+
+@dataclass(frozen=True)
+class _Conflict:
+    key: str
+    found: Callable[[Any], object]
+    text: str
+
+
+_CONFLICTS = (
+    _Conflict(
+        "full_fine_tune",
+        lambda config: config.full_fine_tune and config.use_control_adapters,
+        "cannot go with use_control_adapters = true; choose one of the two",
+    ),
+    _Conflict(
+        "lora_weight_decay",
+        lambda config: config.full_fine_tune and config.lora_weight_decay,
+        "full fine-tuning has no weight decay; remove the key",
+    ),
+    _Conflict(
+        "load_in_4bit",
+        lambda config: config.full_fine_tune and config.load_in_4bit,
+        "weights in 4 bits cannot be trained themselves; remove it, or full_fine_tune",
+    ),
+    _Conflict(
+        "lora_alpha",
+        lambda config: config.control_form == "symmetric" and config.lora_alpha is not None,
+        "the symmetric form has no scale; remove the key",
+    ),
+    _Conflict(
+        "target_modules",
+        lambda config: config.use_control_adapters and config.target_modules is not None,
+        "Control Adapters act on whole layers; remove the key, or choose layers with layers_to_transform",
+    ),
+)
+
+
+def conflicts(config: Any) -> list[Problem]:
+    """The impossible combinations in ``config``, an object with the config's keys as attributes.
+
+    While a file is being checked, a key whose own value is wrong is None here: no rule takes None for a choice.
+    """
+    problems = [Problem((rule.key,), rule.text) for rule in _CONFLICTS if rule.found(config)]
+    for index, dataset in enumerate(config.datasets):
+        if config.use_control_adapters is False and dataset.control_class not in (None, POSITIVE):
+            text = "only Control Adapters know classes; set use_control_adapters = true, or control_class = 1"
+            problems.append(Problem(("datasets", index, "control_class"), text))
+    return problems
+
+
+def check_layout(pipeline_stages: int, processes: int) -> None:
+    """Raise :class:`UsageError` if ``processes`` cannot be shared out over ``pipeline_stages`` evenly."""
+    if processes % pipeline_stages:
+        raise UsageError(
+            f"pipeline_stages = {pipeline_stages} does not divide the {processes} processes of this run.\n"
+            "Change pipeline_stages, or the number of processes (--num-gpus, --num-nodes)."
+        )
+
+
+def config_warnings(config: Any) -> list[str]:
+    """What is allowed in ``config`` and hardly meant, one sentence each."""
+    warnings = []
+    if config.use_control_adapters and not config.lora_weight_decay:
+        warnings.append(
+            "Control Adapters are trained without weight decay, which the method needs: "
+            "set lora_weight_decay (100 to 500 at rank 16 with lr = 2e-5)."
+        )
+    if not config.control_class0_lambda and any(dataset.control_class == NEUTRAL for dataset in config.datasets):
+        warnings.append(
+            "The sequences of class 0 train nothing: set control_class0_lambda above 0, or leave those datasets out."
+        )
+    if config.control_inverse == "neumann" and config.lora_weight_dtype == "bfloat16":
+        warnings.append(
+            'control_inverse = "neumann" with bfloat16 adapters adds rounding to the truncated series: '
+            'use "exact", or lora_weight_dtype = "float32".'
+        )
+    return warnings

@@ -1,0 +1,185 @@
+"""Merge adapters into a model: shard by shard, in float32, with one rounding at the end, to the shards it came from."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cadapter.convert.operators import work_dtype
+from cadapter.convert.plan import Plan
+from cadapter.convert.shards import TORCH_DTYPES, Entry, rewrite_shard
+from cadapter.errors import CadapterError, UsageError
+from cadapter.files import new_directory, write_json, write_text
+from cadapter.models.checkpoint import INDEX_NAME, Checkpoint
+
+COPIED = (
+    "config*.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab*.json", "vocab*.txt", "merges.txt", "chat_template*.json", "chat_template*.jinja", "*.model", "LICENSE*",
+)  # fmt: skip
+"""Files of the base that a merged model needs beside its weights; nothing else is copied."""
+
+_NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass
+class MergeSummary:
+    """What a merge did.
+
+    Attributes:
+        changed, copied: numbers of tensors whose values changed, and of all others.
+        largest_change: the largest ``‖ΔW‖_F / ‖W‖_F`` among the changed, before rounding; ``largest_name`` is its
+            tensor.
+        bytes: bytes of weights written.
+        seconds: wall-clock time.
+    """
+
+    changed: int = 0
+    copied: int = 0
+    largest_change: float = 0.0
+    largest_name: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Merger:
+    """Replaces the tensors of one model and counts what it touched."""
+
+    base: Checkpoint
+    plan: Plan
+    device: torch.device
+    dtype: str | None
+    advance: Callable[[int], None]
+    summary: MergeSummary = field(default_factory=MergeSummary)
+
+    def touched(self, entry: Entry) -> bool:
+        return entry.name in self.plan
+
+    def replacement(self, entry: Entry) -> Tensor:
+        """The entry's tensor with its changes, worked out in float32 and rounded once; on the CPU."""
+        old = self.base.tensor(entry.name, self.device)
+        exact = old.to(work_dtype(old))
+        new = exact
+        for change in self.plan.get(entry.name, []):
+            new = change(new)
+        stored = new.to(TORCH_DTYPES[self.dtype or entry.dtype])
+        if not torch.isfinite(stored).all():
+            raise UsageError(
+                f"{self.base.directory}: {entry.name} would hold NaN or infinite values in {stored.dtype}.\n"
+                "The base has them already, or they leave the range of that dtype: choose another with --dtype."
+            )
+        if entry.name in self.plan:
+            self._count(entry.name, exact, new, stored)
+        return stored.cpu()
+
+    def _count(self, name: str, exact: Tensor, new: Tensor, stored: Tensor) -> None:
+        size = torch.linalg.vector_norm(exact).item()
+        change = torch.linalg.vector_norm(new - exact).item() / size if size else 0.0
+        self.summary.changed += not torch.equal(stored, exact.to(stored.dtype))
+        if change > self.summary.largest_change:
+            self.summary.largest_change, self.summary.largest_name = change, name
+
+    def rewrite(self, directory: Path) -> None:
+        for file in self.base.files():
+            self.summary.bytes += rewrite_shard(
+                self.base.directory / file, directory / file, self.replacement, self.touched, self.dtype
+            )
+            self.advance((self.base.directory / file).stat().st_size)
+        self.summary.copied = len(self.base.names()) - self.summary.changed
+
+
+def merge_model(
+    base: Checkpoint,
+    plan: Plan,
+    output: Path,
+    card: Callable[[MergeSummary], str],
+    device: str = "cpu",
+    dtype: str | None = None,
+    force: bool = False,
+    advance: Callable[[int], None] = lambda bytes_done: None,
+) -> MergeSummary:
+    """Write ``base`` with the changes of ``plan`` to ``output``: same shards, same names, same index.
+
+    Args:
+        card: makes README.md from the summary.
+        device: where the changes are worked out.
+        dtype: "float32", "bfloat16" or "float16" for all weights; None keeps each tensor's own.
+        advance: called with the bytes read after each shard.
+
+    Raises:
+        UsageError: ``output`` exists, the base is quantised, or a result is not finite. Nothing is written then.
+        CadapterError: every change was lost in rounding.
+    """
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise UsageError(f"{base.directory} is a quantised model.\nMerge into the model's unquantised weights.")
+    short = None if dtype is None else next(key for key, name in _DTYPE_NAMES.items() if name == dtype)
+    merger = _Merger(base, plan, torch.device(device), short, advance)
+    begun = time.monotonic()
+    with new_directory(output, force) as directory:
+        merger.rewrite(directory)
+        if not merger.summary.changed:
+            raise CadapterError(
+                "No stored value changed: the adapter's change is below the precision of the weights.\n"
+                "Merge with --dtype float32, or at a greater strength. Nothing was written."
+            )
+        copy_companions(base.directory, directory, dtype)
+        _write_index(base, directory, merger.summary.bytes)
+        write_text(directory / "README.md", card(merger.summary))
+    merger.summary.seconds = time.monotonic() - begun
+    return merger.summary
+
+
+def copy_companions(source: Path, target: Path, dtype: str | None) -> list[str]:
+    """Copy the files of :data:`COPIED` and return their names; with ``dtype``, config.json names it."""
+    copied = []
+    for file in sorted(source.iterdir()):
+        wanted = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in COPIED)
+        if wanted and file.is_file() and file.suffix not in _NEVER_COPIED:
+            shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
+    if dtype is not None:
+        config = json.loads((target / "config.json").read_text("utf-8"))
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        write_json(target / "config.json", {**config, key: dtype})
+    return copied
+
+
+def _write_index(base: Checkpoint, directory: Path, total_size: int) -> None:
+    """The base's index with its ``total_size`` renewed; none where the base has none."""
+    source = base.directory / INDEX_NAME
+    if source.is_file():
+        index = json.loads(source.read_text("utf-8"))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
+        write_json(directory / INDEX_NAME, index)
+
+
+def merge_card(base_name: str, recipe: list[str], notes: list[str], dtype: str | None, summary: MergeSummary) -> str:
+    """README.md of a merged model: what was merged into what, and what that changed."""
+    steps = "\n".join(f"{number}. {step}" for number, step in enumerate(recipe, start=1))
+    remarks = "".join(f"\n{note}\n" for note in notes)
+    return f"""---
+library_name: transformers
+tags:
+- merge
+- control-adapter
+---
+
+# Merged model
+
+`cadapter merge` changed `{base_name}` by, in this order:
+
+{steps}
+
+{summary.changed} tensors changed and {summary.copied} were copied. The largest change of a tensor is
+{summary.largest_change:.3%} of its norm ({summary.largest_name}). The weights were computed in float32 and rounded once,
+to {dtype or "the dtype they had"}.
+{remarks}"""

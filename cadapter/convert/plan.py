@@ -1,0 +1,224 @@
+"""What a merge does to which tensor of the base: a list of small changes by tensor name, made before anything is read.
+
+Changes of one tensor are applied in order, in float32 or better, and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from cadapter.adapters.directory import ControlAdapterFiles, kind_of, read_control_adapter
+from cadapter.convert.lora_directory import LoraFiles, LoraPair, read_lora
+from cadapter.convert.operators import Dial, Writers, does_nothing, find_target, fold, module_name, operators
+from cadapter.errors import UsageError
+from cadapter.models.checkpoint import Checkpoint
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """``X ← X + B·(A·X) = (I + B·A)·X`` for a weight [H, in] or a bias [H]; A [r, H], B [H, r]."""
+
+    A: Tensor
+    B: Tensor
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return X + self.B.to(X) @ (self.A.to(X) @ X)
+
+
+@dataclass(frozen=True)
+class AddProduct:
+    """``X ← X + x·s·B·A`` for a weight [out, in]; ``factor`` = x·s."""
+
+    A: Tensor
+    B: Tensor
+    factor: float
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return X + self.factor * (self.B.to(X) @ self.A.to(X))
+
+
+@dataclass(frozen=True)
+class AddVector:
+    """``b ← b + x·s·v`` for a bias [out]; ``factor`` = x·s."""
+
+    vector: Tensor
+    factor: float
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return X + self.factor * self.vector.to(X)
+
+
+Change = Multiply | AddProduct | AddVector
+Plan = dict[str, list[Change]]
+
+
+def check_writer(base: Checkpoint, name: str, out_features: int, in_features: int | None = None) -> None:
+    """Make sure that the base has a floating-point weight ``name`` [out_features, in_features].
+
+    Raises:
+        UsageError: it has none, or of another shape, or a quantised one.
+    """
+    shape = base.shape(name)
+    expected = (out_features, shape[-1] if in_features is None else in_features)
+    if shape != expected:
+        raise UsageError(
+            f"{base.directory}: {name} has shape {list(shape)}; the adapter needs {list(expected)}.\n"
+            "Use it with the model it was trained on."
+        )
+    if base.dtype(name) not in FLOATS:
+        raise UsageError(
+            f"{base.directory}: {name} is quantised ({base.dtype(name)}).\nUse the model's unquantised weights."
+        )
+
+
+def _multiply_module(plan: Plan, base: Checkpoint, module: str, change: Multiply) -> None:
+    """Change a writer's weight and, where it has one, its bias."""
+    check_writer(base, f"{module}.weight", change.B.shape[0])
+    plan.setdefault(f"{module}.weight", []).append(change)
+    if f"{module}.bias" in base:
+        plan.setdefault(f"{module}.bias", []).append(change)
+
+
+def plan_control(
+    plan: Plan, base: Checkpoint, adapter: ControlAdapterFiles, dial: Dial, writers: Writers | None
+) -> tuple[str, ...]:
+    """Add to ``plan`` what a control adapter changes; returns the notes of its :class:`Target`.
+
+    Raises:
+        UsageError: the adapter does not fit the base, changes nothing, or its power does not exist.
+    """
+    target = find_target(adapter, base, writers)
+    for layer, operator in operators(adapter, dial).items():
+        if not does_nothing(operator):
+            for writer in target.names(layer):
+                _multiply_module(plan, base, module_name(layer, writer), Multiply(operator.A, operator.B))
+    return target.notes
+
+
+def plan_multiplicative(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> None:
+    """Add to ``plan`` what a multiplicative LoRA changes.
+
+    Raises:
+        UsageError: a module is not in the base or does not fit, it changes nothing, or its power does not exist.
+    """
+    touched = 0
+    for module, pair in lora.pairs.items():
+        _check_module(base, lora, module)
+        if pair.A.shape[1] != pair.B.shape[0]:
+            raise UsageError(
+                f"{lora.path}: {module} has lora_A {list(pair.A.shape)} and lora_B {list(pair.B.shape)}; a "
+                "multiplicative LoRA acts on what a module writes, so both need its output size."
+            )
+        operator = fold(pair.A, pair.B, pair.scale, dial, f"{lora.path}, {module}")
+        if not does_nothing(operator):
+            _multiply_module(plan, base, module, Multiply(operator.A, operator.B))
+            touched += 1
+    _refuse_nothing(touched, lora, dial)
+
+
+def plan_additive(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> None:
+    """Add to ``plan`` what an additive LoRA changes; strength −1 subtracts it.
+
+    Raises:
+        UsageError: a strength other than ±1, a module that is not in the base or does not fit, a bias where the base
+            has none, or it changes nothing.
+    """
+    if abs(dial.strength) != 1:
+        raise UsageError("--strength does not exist for an additive LoRA.\nUse --scale X, or --inverse to subtract it.")
+    touched = 0
+    for module, pair in lora.pairs.items():
+        _check_module(base, lora, module)
+        check_writer(base, f"{module}.weight", pair.B.shape[0], pair.A.shape[1])
+        factor = pair.scale * dial.factor * dial.strength
+        if factor and pair.A.any() and pair.B.any():
+            plan.setdefault(f"{module}.weight", []).append(AddProduct(pair.A, pair.B, factor))
+            touched += 1
+        if pair.bias is not None and factor and pair.bias.any():
+            _add_bias(plan, base, lora, module, pair, factor)
+            touched += 1
+    _refuse_nothing(touched, lora, dial)
+
+
+def _add_bias(plan: Plan, base: Checkpoint, lora: LoraFiles, module: str, pair: LoraPair, factor: float) -> None:
+    if f"{module}.bias" not in base or pair.bias is None:
+        raise UsageError(f"{lora.path} has a bias for {module}, where the base model has none: it cannot be merged.")
+    plan.setdefault(f"{module}.bias", []).append(AddVector(pair.bias, factor))
+
+
+def _check_module(base: Checkpoint, lora: LoraFiles, module: str) -> None:
+    if f"{module}.weight" not in base:
+        raise UsageError(
+            f"{lora.path} adapts {module}, but {base.directory} has no tensor {module}.weight.\n"
+            "Use it with the model it was trained on."
+        )
+    tied = getattr(base.config, "tie_word_embeddings", False)
+    if module.rpartition(".")[2] in ("lm_head", "embed_tokens") and tied:
+        raise UsageError(f"{lora.path} adapts {module}, which is tied to another weight in this model: not supported.")
+
+
+def _refuse_nothing(touched: int, lora: LoraFiles, dial: Dial) -> None:
+    if not touched:
+        raise UsageError(f"{lora.path} at {dial} changes nothing: B·A = 0 in every module.\nNothing was written.")
+
+
+@dataclass
+class Recipe:
+    """A plan, and in words what it does.
+
+    Attributes:
+        plan: changes by tensor name.
+        steps: one sentence for each adapter, in the order in which they act.
+        notes: what the user must hear.
+    """
+
+    plan: Plan = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add_control(self, base: Checkpoint, path: Path, dial: Dial, writers: Writers | None) -> None:
+        """Append a control adapter."""
+        adapter = read_control_adapter(path)
+        notes = plan_control(self.plan, base, adapter, dial, writers)
+        self.notes.extend(note for note in notes if note not in self.notes)
+        self.steps.append(f"control adapter `{path.name}` (rank {adapter.rank}, site `{adapter.site}`) at {dial}")
+
+
+def make_recipe(
+    base: Checkpoint,
+    path: Path,
+    dial: Dial,
+    also: Sequence[tuple[Path, float]] = (),
+    writers: Writers | None = None,
+    multiplicative: bool = False,
+) -> Recipe:
+    """Plan the merge of the adapter at ``path`` at ``dial``, then of further control adapters at their strengths.
+
+    Args:
+        writers: for control adapters only; None follows each one's site.
+        multiplicative: take a LoRA directory for a multiplicative one, whatever its config says.
+
+    Raises:
+        UsageError: an adapter is not right, does not fit the base or changes nothing.
+    """
+    recipe, kind = Recipe(), kind_of(path)
+    if kind == "control":
+        if multiplicative:
+            raise UsageError(f"{path} is a control adapter, not a LoRA: leave --multiplicative out.")
+        recipe.add_control(base, path, dial, writers)
+    elif writers is not None:
+        raise UsageError(f"{path} is a LoRA, which names its modules itself: --writers is for control adapters.")
+    elif kind == "multiplicative" or multiplicative:
+        plan_multiplicative(recipe.plan, base, read_lora(path), dial)
+        recipe.steps.append(f"multiplicative LoRA `{path.name}` at {dial}")
+    else:
+        plan_additive(recipe.plan, base, read_lora(path), dial)
+        recipe.steps.append(f"additive LoRA `{path.name}`, times {dial.factor * dial.strength:g}")
+    for directory, strength in also:
+        recipe.add_control(base, directory, Dial(strength=strength), writers)
+    return recipe

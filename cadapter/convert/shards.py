@@ -1,0 +1,129 @@
+"""Rewrite a safetensors shard tensor by tensor: what does not change is copied as bytes, never more than one tensor
+is in memory.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} with
+optional ``__metadata__``, and the tensors' bytes without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from cadapter.errors import UsageError
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that a merge computes with and writes, by safetensors' names."""
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a shard; ``start`` and ``end`` are its bytes within the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+Replacement = Callable[[Entry], Tensor]
+
+
+def read_header(file: Path) -> tuple[dict[str, str] | None, list[Entry]]:
+    """Metadata and tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        with open(file, "rb") as shard:
+            length = int.from_bytes(shard.read(8), "little")
+            if length > file.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(shard.read(length))
+            metadata = header.pop("__metadata__", None)
+            entries = [
+                Entry(
+                    name,
+                    part["dtype"],
+                    tuple(part["shape"]),
+                    8 + length + part["data_offsets"][0],
+                    8 + length + part["data_offsets"][1],
+                )
+                for name, part in header.items()
+            ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"{file} is damaged: {error}.") from error
+    return metadata, sorted(entries, key=lambda entry: entry.start)
+
+
+def _encoded_header(
+    metadata: dict[str, str] | None, entries: list[Entry], dtype_of: Callable[[Entry], str]
+) -> tuple[bytes, int]:
+    """The header's bytes, padded so that the data is aligned, and the number of bytes that follow."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        dtype = dtype_of(entry)
+        size = entry.end - entry.start if dtype == entry.dtype else math.prod(entry.shape) * _ITEM_BYTES[dtype]
+        header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def rewrite_shard(
+    source: Path, target: Path, replacement: Replacement, touched: Callable[[Entry], bool], dtype: str | None = None
+) -> int:
+    """Write ``source`` to ``target`` with some tensors replaced; returns the bytes of its tensors.
+
+    Args:
+        replacement: gives the new tensor of an entry for which ``touched`` holds or whose dtype changes; the result
+            has the entry's shape and its new dtype.
+        touched: whether an entry's values change.
+        dtype: the dtype (safetensors' name) of all F64, F32, F16 and BF16 tensors; None keeps each one's own.
+    """
+
+    def dtype_of(entry: Entry) -> str:
+        return dtype if dtype is not None and entry.dtype in TORCH_DTYPES else entry.dtype
+
+    def is_replaced(entry: Entry) -> bool:
+        return touched(entry) or dtype_of(entry) != entry.dtype
+
+    metadata, entries = read_header(source)
+    if not any(is_replaced(entry) for entry in entries):
+        shutil.copyfile(source, target)
+        return sum(entry.end - entry.start for entry in entries)
+    header, size = _encoded_header(metadata, entries, dtype_of)
+    with open(source, "rb") as old, open(target, "xb") as new:
+        new.write(header)
+        for entry in entries:
+            if is_replaced(entry):
+                new.write(replacement(entry).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                _copy_range(old, new, entry.start, entry.end)
+    return size
+
+
+def _copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:
+    old.seek(start)
+    left = end - start
+    while left:
+        chunk = old.read(min(left, _COPY_BYTES))
+        if not chunk:
+            raise UsageError(f"{old.name} is damaged: it ends too early.")
+        new.write(chunk)
+        left -= len(chunk)

@@ -1,0 +1,81 @@
+"""Packed sequences and held-out documents as the rest of the program sees them: views on memory-mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cadapter.data.packing import DOCUMENT_START, TRAINED, SequenceBlock
+
+
+class PackedSequences:
+    """N sequences of ``sequence_len`` tokens, in blocks that usually lie in memory-mapped files.
+
+    Attributes:
+        counts: [N, 3] int32, trained positions of class +1, of class −1, and neutral positions of each sequence
+            (see :class:`~cadapter.data.packing.SequenceBlock`).
+        tokens: [N] int32, tokens of each sequence that are not padding.
+    """
+
+    def __init__(self, blocks: Sequence[SequenceBlock], sequence_len: int) -> None:
+        self.sequence_len = sequence_len
+        self._blocks = [block for block in blocks if len(block)]
+        self._first = np.cumsum([0, *map(len, self._blocks)])
+        self.counts = np.concatenate([np.zeros((0, 3), np.int32), *(block.counts for block in self._blocks)])
+        self.tokens = np.concatenate([np.zeros(0, np.int32), *(block.tokens for block in self._blocks)])
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedSequences]) -> PackedSequences:
+        """Return the sequences of ``parts`` (at least one, of equal length) one after the other, without a copy."""
+        return cls([block for part in parts for block in part._blocks], parts[0].sequence_len)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def padding(self) -> int:
+        """Tokens of padding in all sequences."""
+        return len(self) * self.sequence_len - int(self.tokens.sum(dtype=np.int64))
+
+    @property
+    def trained(self) -> tuple[int, int, int]:
+        """The sums of ``counts`` over all sequences."""
+        positive, negative, neutral = self.counts.sum(axis=0, dtype=np.int64).tolist()
+        return positive, negative, neutral
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (ids int32, classes int8, trained bool), each [n, S], of the sequences ``indices`` [n]."""
+        ids, classes, flags = self._gather(indices)
+        return ids, classes, (flags & TRAINED) != 0
+
+    def document_starts(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return [n, S] bool: where a document begins in the sequences ``indices`` [n]."""
+        return (self._gather(indices)[2] & DOCUMENT_START) != 0
+
+    def _gather(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"sequence indices must lie in 0 to {len(self) - 1}")
+        shape = (len(indices), self.sequence_len)
+        ids, classes, flags = np.empty(shape, np.int32), np.empty(shape, np.int8), np.empty(shape, np.uint8)
+        block_of = np.searchsorted(self._first, indices, side="right") - 1
+        for row, (index, number) in enumerate(zip(indices, block_of, strict=True)):
+            block, within = self._blocks[number], index - self._first[number]
+            ids[row], classes[row], flags[row] = block.ids[within], block.classes[within], block.flags[within]
+        return ids, classes, flags
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutDocument:
+    """One document to be scored alone: sequence prefix + document prefix + text + suffix, cut to ``sequence_len``.
+
+    ``ids`` [n] int32; ``trained`` [n] bool is true for the tokens whose prediction is scored (not those of the
+    sequence prefix, nor masked ones). A first token is never predicted, whatever ``trained`` says.
+    """
+
+    dataset: str
+    control_class: int
+    ids: np.ndarray
+    trained: np.ndarray

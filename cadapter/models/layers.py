@@ -1,0 +1,178 @@
+"""The pipeline's layers: token embedding, decoder blocks, final norm with head; and what travels between them.
+
+What crosses a stage boundary is defined here once, ``pack`` beside ``unpack``. Masks and rotary embeddings are
+functions of the sequence length alone and are made on each stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cadapter.adapters.control import ControlledBlock, Transform
+from cadapter.models.loading import CausalLM
+
+
+class Carrier(NamedTuple):
+    """What one micro-batch carries from layer to layer.
+
+    Attributes:
+        hidden: the residual stream, [B, T, H].
+        codes: which transform each position receives, [B, T] int8: in training its class.
+        penalty: the neutral loss summed over the layers so far, [1] float32; None when no neutral examples train.
+        dropout_rows: [B] int64, what dropout's masks are a function of; None without dropout.
+    """
+
+    hidden: Tensor
+    codes: Tensor
+    penalty: Tensor | None
+    dropout_rows: Tensor | None
+
+
+class CarrierFormat(NamedTuple):
+    """Which optional parts the carriers of a run have."""
+
+    penalty: bool = False
+    dropout: bool = False
+
+    def pack(self, carrier: Carrier) -> tuple[Tensor, ...]:
+        """Return the flat tuple that the pipeline engine sends.
+
+        Floating-point tensors come first: the engine pools its receive buffers by place without looking at
+        dtypes, and a float behind an integer can deadlock from three stages on.
+        """
+        parts = [carrier.hidden, carrier.penalty, carrier.codes, carrier.dropout_rows]
+        return tuple(part for part in parts if part is not None)
+
+    def unpack(self, parts: tuple[Tensor, ...]) -> Carrier:
+        """Invert :meth:`pack`."""
+        rest = list(parts)
+        hidden = rest.pop(0)
+        penalty = rest.pop(0) if self.penalty else None
+        codes = rest.pop(0)
+        return Carrier(hidden, codes, penalty, rest.pop(0) if self.dropout else None)
+
+
+class Frame:
+    """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
+
+    In packed sequences they depend on the sequence length alone, so they are made once for each length.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self._config = model.config
+        self._rotary = model.rotary
+        self._made: dict[int, tuple[dict[str, Any], Any]] = {}
+
+    def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
+        """Return the keyword arguments for decoder block ``index`` on hidden states [B, T, H]."""
+        length = hidden.shape[1]
+        if length not in self._made:
+            self._made[length] = self._make(hidden.detach())
+        common, masks = self._made[length]
+        mask = masks[self._config.layer_types[index]] if isinstance(masks, dict) else masks
+        return {**common, "attention_mask": mask}
+
+    @torch.no_grad()
+    def _make(self, hidden: Tensor) -> tuple[dict[str, Any], Any]:
+        from transformers.masking_utils import create_masks_for_generate
+
+        one = hidden[:1]
+        positions = torch.arange(one.shape[1], device=one.device).unsqueeze(0)
+        # No position_ids here: given them, transformers looks for packed documents, on the host.
+        masks = create_masks_for_generate(self._config, one, None, None)
+        common = {
+            "position_ids": positions,
+            "position_embeddings": self._rotary(one, positions),
+            "past_key_values": None,
+            "use_cache": False,
+        }
+        return common, masks
+
+
+class EmbeddingLayer(nn.Module):
+    """First pipeline layer: token ids, codes and dropout rows in; a carrier out."""
+
+    def __init__(self, embedding: nn.Module, carrier: CarrierFormat) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.carrier = carrier
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64."""
+        input_ids, codes, rows = inputs
+        hidden = self.embedding(input_ids)
+        penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
+        return self.carrier.pack(Carrier(hidden, codes, penalty, rows if self.carrier.dropout else None))
+
+
+class DecoderLayer(nn.Module):
+    """A decoder block, controlled by an adapter or as it is."""
+
+    def __init__(self, block: nn.Module, index: int, frame: Frame, carrier: CarrierFormat, recompute: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.index = index
+        self.frame = frame
+        self.carrier = carrier
+        self.recompute = recompute
+        self.transforms: list[Transform] | None = None
+
+    def set_transforms(self, transforms: list[Transform] | None) -> None:
+        """Use these transforms instead of the classes' (None: the classes')."""
+        self.transforms = transforms
+
+    def forward(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Carrier in, carrier out."""
+        carrier = self.carrier.unpack(parts)
+        # A block below every adapter records nothing for backward, so there is nothing to recompute.
+        if self.recompute and torch.is_grad_enabled():
+            hidden, penalty = checkpoint(self._run, carrier, use_reentrant=False)
+        else:
+            hidden, penalty = self._run(carrier)
+        return self.carrier.pack(carrier._replace(hidden=hidden, penalty=penalty))
+
+    def _run(self, carrier: Carrier) -> tuple[Tensor, Tensor | None]:
+        arguments = self.frame.arguments(carrier.hidden, self.index)
+        if not isinstance(self.block, ControlledBlock):
+            return self.block(carrier.hidden, **arguments), carrier.penalty
+        transforms = self.transforms
+        if transforms is None:
+            transforms = self.block.adapter.class_transforms()
+        hidden, penalty = self.block.controlled(
+            carrier.hidden,
+            carrier.codes,
+            transforms,
+            dropout_rows=carrier.dropout_rows,
+            penalise_neutral=carrier.penalty is not None,
+            kwargs=arguments,
+        )
+        return hidden, None if carrier.penalty is None else carrier.penalty + penalty
+
+
+class HeadInputs(NamedTuple):
+    """What the last layer hands to the loss."""
+
+    hidden: Tensor
+    weight: Tensor
+    codes: Tensor
+    penalty: Tensor | None
+
+
+class HeadLayer(nn.Module):
+    """Last pipeline layer: the final norm. The head's weight goes along, since the loss multiplies by it in chunks."""
+
+    def __init__(self, norm: nn.Module, weight: Tensor, carrier: CarrierFormat) -> None:
+        super().__init__()
+        self.norm = norm
+        self.carrier = carrier
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, parts: tuple[Tensor, ...]) -> HeadInputs:
+        """Carrier in, normed hidden states and the head's weight out."""
+        carrier = self.carrier.unpack(parts)
+        weight: Tensor = self.weight  # type: ignore[assignment]  # nn.Module types its buffers loosely
+        return HeadInputs(self.norm(carrier.hidden), weight, carrier.codes, carrier.penalty)

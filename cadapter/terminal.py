@@ -1,0 +1,156 @@
+"""What every command prints through: results on standard output, warnings, errors and progress on standard error.
+
+``rich`` is imported where it is needed and not before, so that ``cadapter --help`` stays fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_SHOW_AFTER_SECONDS = 1.0
+_SECONDS_BETWEEN_LINES = 5.0
+_UNLIMITED_WIDTH = 10_000
+
+Advance = Callable[..., None]
+"""``advance(n=1)``: n more units of the work are done."""
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether notes and progress are left out; results, warnings and errors are always printed."""
+    global _quiet
+    _quiet = quiet
+
+
+@functools.cache
+def console(stderr: bool = False, width: int | None = None) -> Console:
+    """The console of standard output, or of standard error; texts are printed as they are, without markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+def note(text: str) -> None:
+    """Print ``text`` on standard output, unless ``--quiet`` is given."""
+    if not _quiet:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print "warning: ``text``" on standard error; further lines stand below the first."""
+    _labelled("warning: ", text)
+
+
+def error(text: str) -> None:
+    """Print "error: ``text``" on standard error; further lines stand below the first."""
+    _labelled("error: ", text)
+
+
+def _labelled(label: str, text: str) -> None:
+    sys.stdout.flush()  # where both streams go to one file, what was printed first stands first
+    print(label + text.replace("\n", "\n" + " " * len(label)), file=sys.stderr, flush=True)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "l", footer: str = ""
+) -> None:
+    """Print a table on standard output, each cell whole: folded on a terminal, on one line elsewhere.
+
+    ``align`` has one letter for each column, l, r or c; columns without a letter are r. None is an empty cell.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    sides: dict[str, Any] = {"l": "left", "r": "right", "c": "center"}
+    for name, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
+        grid.add_column(Text(name), justify=sides[side], overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    screen = console() if console().is_terminal else console(width=_UNLIMITED_WIDTH)
+    for part in (Text(title), grid, Text(footer)):
+        if part:
+            screen.print(part)
+
+
+def progress(description: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Advance]:
+    """Show how far work has come that takes over a second; the block gets ``advance(n=1)``, which counts it.
+
+    A bar on a terminal, which disappears at the end; elsewhere a line every few seconds. ``total`` None: not known.
+    """
+    if _quiet:
+        return _silent()
+    for stderr in (False, True):
+        if console(stderr).is_terminal:
+            return _bar(console(stderr), description, total, unit)
+    return _lines(description, total, unit)
+
+
+@contextmanager
+def _silent() -> Iterator[Advance]:
+    yield lambda n=1: None
+
+
+@contextmanager
+def _lines(description: str, total: float | None, unit: str) -> Iterator[Advance]:
+    done: float = 0
+    due = time.monotonic() + _SHOW_AFTER_SECONDS
+
+    def advance(n: float = 1) -> None:
+        nonlocal done, due
+        done += n
+        if time.monotonic() >= due:
+            due = time.monotonic() + _SECONDS_BETWEEN_LINES
+            print(f"{description}: {_amount(done, total, unit)}", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def _amount(done: float, total: float | None, unit: str) -> str:
+    amount = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+    return f"{amount} {unit}".rstrip()
+
+
+@contextmanager
+def _bar(screen: Console, description: str, total: float | None, unit: str) -> Iterator[Advance]:
+    bar = _new_bar(screen, unit)
+    task = bar.add_task(description, total=total)
+    starter = threading.Timer(_SHOW_AFTER_SECONDS, bar.start)
+    starter.daemon = True
+    starter.start()
+    try:
+        yield lambda n=1: bar.advance(task, n)
+    finally:
+        starter.cancel()
+        starter.join()
+        bar.stop()
+
+
+def _new_bar(screen: Console, unit: str) -> Progress:
+    from rich import progress as parts
+
+    return parts.Progress(
+        parts.TextColumn("{task.description}", markup=False),
+        parts.BarColumn(),
+        parts.TaskProgressColumn(),
+        parts.MofNCompleteColumn(),
+        parts.TextColumn(unit, markup=False),
+        parts.TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        # A stream that is piped elsewhere is not drawn into the terminal.
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    )

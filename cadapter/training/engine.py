@@ -1,0 +1,203 @@
+"""Everything DeepSpeed, and only here: the pipeline module, the engine that runs its schedule, the topology.
+
+DeepSpeed moves micro-batches through the stages and averages gradients over replicas. The optimiser's step is
+ours: the trainer takes it after :meth:`Pipeline.train` has returned, so that clipping, Adam and decay are plain
+code on plain gradients. Work-arounds say which versions they are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadapter.errors import CadapterError
+from cadapter.training.layout import Layout
+
+# DeepSpeed prints on import and while it builds; what users should know, cadapter says itself.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+with contextlib.redirect_stdout(io.StringIO()):
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.pipe import schedule
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import ProcessTopology
+    from deepspeed.utils import logger as deepspeed_logger
+
+deepspeed_logger.setLevel(logging.ERROR)
+
+OLDEST_DEEPSPEED = (0, 19, 3)
+"""Before 0.19.3 gradients under accumulation are scaled differently, by version and stage (DeepSpeed #7773, #8152)."""
+
+PipelineBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""What the first stage reads (inputs of the embedding layer) and what the last one does (targets of the loss)."""
+
+
+def check_deepspeed() -> None:
+    """Raise :class:`CadapterError` if the installed DeepSpeed is known to scale gradients wrongly."""
+    numbers = deepspeed.__version__.split("+")[0].split(".")[:3]
+    if tuple(int(number) for number in numbers) < OLDEST_DEEPSPEED:
+        raise CadapterError(
+            f"DeepSpeed {deepspeed.__version__} scales gradients wrongly under accumulation.\n"
+            "Install deepspeed>=0.19.3."
+        )
+
+
+class _NoOptimizer(torch.optim.Optimizer):
+    """DeepSpeed asks for an optimiser and refuses an empty one, which a stage without trained layers would have."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: Any = {}
+        self.defaults: dict[str, Any] = {}
+
+
+class _Stage(PipelineModule):
+    """The layers of this process's stage, cut where our own partition says."""
+
+    def __init__(self, bounds: Sequence[int], **arguments: Any) -> None:
+        self._bounds = list(bounds)
+        super().__init__(**arguments)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _build(self) -> None:
+        for index in range(self._local_start, self._local_stop):
+            layer = self._layer_specs[index]()
+            self.forward_funcs.append(layer)
+            self.add_module(str(index), layer)
+
+    def forward(self, forward_input: Any) -> Any:
+        outputs = super().forward(forward_input)
+        if torch.is_grad_enabled() and type(outputs) is tuple:
+            # The next stage sends gradients for whatever floats it was given, also when nothing of this stage
+            # (which may hold frozen layers only) has made autograd record them.
+            for tensor in outputs:
+                if tensor.is_floating_point() and not tensor.requires_grad:
+                    tensor.requires_grad_()
+        return outputs
+
+
+class _Engine(PipelineEngine):
+    """DeepSpeed's engine without its optimiser step."""
+
+    def _broadcast_model(self) -> None:
+        """Nothing to send: every replica has read the same files and drawn the same initial values."""
+
+    def _leave_step_to_trainer(self, lr_kwargs: Any = None) -> None:
+        """Do nothing where the schedule says OptimizerStep."""
+
+    def _backward_all(self, buffer_id: int) -> None:
+        """Run one backward pass for all floats that crossed the boundary.
+
+        DeepSpeed (to 0.19.8 at least) runs one for each, through the same layers.
+        """
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        if self.is_last_stage():
+            super()._exec_backward_pass(buffer_id)
+            return
+        floats = [tensor for tensor in outputs if tensor.is_floating_point()]
+        self._running_engine_backward = True
+        try:
+            torch.autograd.backward(floats, list(self.grad_layer))
+        finally:
+            self._running_engine_backward = False
+        self.pipe_buffers["output_tensors"][buffer_id] = None
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    _INSTRUCTION_MAP = {  # noqa: RUF012 (DeepSpeed's own name and form)
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.OptimizerStep: _leave_step_to_trainer,
+        schedule.BackwardPass: _backward_all,
+    }
+
+
+class Pipeline:
+    """The pipeline of this process: builds its stage and runs micro-batches through the stages.
+
+    Args:
+        layers: for each layer of the whole pipeline, the function that builds it; only this stage's are called.
+        bounds: which layers belong to which stage.
+        layout: stages × replicas.
+        loss: ``loss(outputs of the last layer, targets)``, called on the last stage for every micro-batch.
+        micro_batch_size, accumulation: sequences per forward, forwards per step.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Callable[[], nn.Module]],
+        bounds: Sequence[int],
+        layout: Layout,
+        loss: Callable[[Any, tuple[Tensor, ...]], Tensor],
+        micro_batch_size: int,
+        accumulation: int,
+    ) -> None:
+        check_deepspeed()
+        axes = ("data", "pipe") if layout.column_major else ("pipe", "data")
+        sizes = {"data": layout.replicas, "pipe": layout.stages}
+        with _quiet():
+            # Takes over the process group that joined the world.
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            self.module = _Stage(
+                bounds,
+                layers=layers,
+                topology=ProcessTopology(axes=list(axes), dims=[sizes[axis] for axis in axes]),
+                loss_fn=loss,
+            )
+            settings = {
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulation,
+                # Clipping is the trainer's, over all stages; DeepSpeed's fails where a stage trains nothing.
+                "gradient_clipping": 0.0,
+                "steps_per_print": None,
+            }
+            grid = self.module.mpu()
+            self._engine = _Engine(
+                args=None,
+                model=self.module,
+                optimizer=_NoOptimizer(),
+                model_parameters=[],
+                mpu=grid,
+                dist_init_required=False,
+                config=settings,
+                config_class=DeepSpeedConfig(settings, grid),
+            )
+
+    def layers(self) -> list[nn.Module]:
+        """The pipeline layers of this stage, in order."""
+        return list(self.module.forward_funcs)
+
+    def train(self, micro_batches: Iterable[PipelineBatch]) -> None:
+        """Run a step's micro-batches forward and backward; gradients are left averaged over micro-batches and replicas.
+
+        Every process calls this with the micro-batches of its replica.
+        """
+        self._engine.train_batch(iter(micro_batches))
+
+    def evaluate(self, micro_batches: Iterable[PipelineBatch], count: int) -> None:
+        """Run ``count`` micro-batches, all of one shape, forward only and without dropout; the loss sees each."""
+        self._engine.reset_activation_shape()
+        self._engine.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        self._engine.reset_activation_shape()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallow what DeepSpeed prints while it builds (errors are raised, not printed)."""
+    if os.environ.get("CADAPTER_DEEPSPEED_OUTPUT"):
+        yield
+        return
+    sys.stdout.flush()
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,139 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a line for whoever watches. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from torch import Tensor
+
+from cadapter.terminal import console
+
+PLAIN_SECONDS = 10.0
+"""Where the output is no terminal, a line comes at most this often."""
+
+
+def trim_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after ``last_step``: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break  # a line that a kill cut short; nothing valid follows it
+        if record.get("step", 0) <= last_step:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as h:mm:ss or m:ss."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+class Reporter:
+    """Writes one line a step to metrics.jsonl and TensorBoard, and keeps a progress line.
+
+    Args:
+        directory: the run's.
+        total_steps: of the run.
+        first_step: the step that comes next (from 1).
+    """
+
+    def __init__(self, directory: Path, total_steps: int, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trim_metrics(directory / "metrics.jsonl", first_step - 1)
+        self._metrics: IO[str] = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(directory / "logs"), purge_step=first_step)
+        self._total = total_steps
+        self._started_at_step = first_step - 1
+        self._started = time.monotonic()
+        self._last_plain = -math.inf
+        self._console = console()
+        self._live: Any = None
+
+    def __enter__(self) -> Reporter:
+        if self._console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live("", console=self._console, transient=True, auto_refresh=False)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+            self._live = None
+        self._metrics.close()
+        self._board.close()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _write(self, step: int, epoch: int, tokens: int, seconds: float, values: dict[str, float]) -> None:
+        finite = {name: value for name, value in values.items() if not math.isnan(value)}
+        record = {"step": step, "epoch": epoch, "tokens": tokens, "seconds": round(seconds, 3), **finite}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        for name, value in finite.items():
+            self._board.add_scalar(name, value, step)
+
+    def training_step(
+        self,
+        step: int,
+        epoch: int,
+        tokens: int,
+        seconds: float,
+        values: dict[str, float],
+        layer_norms: Tensor | None = None,
+    ) -> None:
+        """Record one optimiser step; ``tokens`` and ``seconds`` are totals of the run so far."""
+        self._write(step, epoch, tokens, seconds, values)
+        if layer_norms is not None and bool(layer_norms.isfinite().all()):
+            self._board.add_histogram("train/layer_norms", layer_norms, step)
+        line = self._line(step, epoch, values)
+        if self._live is not None:
+            self._live.update(line, refresh=True)
+        elif step in (self._started_at_step + 1, self._total) or time.monotonic() - self._last_plain > PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self.say(line)
+
+    def _line(self, step: int, epoch: int, values: dict[str, float]) -> str:
+        done = step - self._started_at_step
+        left = (time.monotonic() - self._started) / done * (self._total - step)
+        parts = [f"step {step}/{self._total}", f"epoch {epoch}", f"loss {_short(values.get('train/loss'))}"]
+        for label, name in (("+1", "train/loss_pos"), ("−1", "train/loss_neg"), ("0", "train/loss_neutral")):
+            if name in values and not math.isnan(values[name]):
+                parts.append(f"{label} {_short(values[name])}")
+        parts.append(f"‖W‖F max {_short(values.get('train/norm_max'))}")
+        parts.append(f"‖W‖₂ max {_short(values.get('train/spectral_max'))}")
+        parts.append(f"{values.get('train/tokens_per_second', 0):,.0f} tokens/s")
+        parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def evaluation(self, step: int, epoch: int, tokens: int, seconds: float, values: dict[str, float]) -> None:
+        """Record an evaluation after ``step`` steps."""
+        self._write(step, epoch, tokens, seconds, values)
+        named = [
+            f"{label} {_short(values.get(name))}"
+            for label, name in (("+1", "eval/loss_pos"), ("−1", "eval/loss_neg"), ("0", "eval/loss_neutral"))
+            if name in values and not math.isnan(values[name])
+        ]
+        self.say("  ".join([f"evaluation after step {step}: loss {_short(values.get('eval/loss'))}", *named]))

@@ -1,0 +1,132 @@
+"""A whole ``train``: from config and options to a finished, stopped or rehearsed run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cadapter.config import Config, config_warnings
+from cadapter.terminal import note, table, warn
+from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
+from cadapter.training.distributed import World, join_world, leave_world, on_main
+from cadapter.training.report import Reporter
+from cadapter.training.run_directory import RunDirectory
+from cadapter.training.signals import StopSignals
+from cadapter.training.stages import control_settings
+from cadapter.training.trainer import Trainer
+
+GIB = 2**30
+BYTES_PER_TRAINED = 16
+"""Bytes of a float32 parameter with its gradient and Adam's two moments."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line adds to a config."""
+
+    resume: bool = False
+    force: bool = False
+    dry_run: bool = False
+
+
+def train(config: Config, source: Path, options: TrainOptions) -> None:
+    """Train, or with ``dry_run`` check everything that can be checked and show the plan.
+
+    Raises:
+        UsageError: something does not go together; nothing was written.
+        Stopped: a signal asked for it; a checkpoint was written.
+    """
+    world = join_world()
+    try:
+        _train(config, source, options, world)
+    finally:
+        leave_world()
+
+
+def _train(config: Config, source: Path, options: TrainOptions, world: World) -> None:
+    directory = RunDirectory(Path(config.output_dir))
+    resume_from, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
+    if world.is_main:
+        for text in [*remarks, *config_warnings(config)]:
+            warn(text)
+    plan = plan_run(config, world)
+    if world.is_main:
+        show_plan(plan)
+    if options.dry_run:
+        if world.is_main:
+            note("Everything checked, nothing trained. Leave out --dry-run to train.")
+        return
+    if options.resume and world.is_main:
+        note(f"Resuming from {resume_from}." if resume_from else "No checkpoint to resume from: starting afresh.")
+    signals = StopSignals()
+    started = time.monotonic()
+    run = build_run(plan, world, directory, resume_from)
+    if world.is_main:
+        read = plan.model.checkpoint.bytes_read / GIB
+        note(f"Loaded this stage's layers in {time.monotonic() - started:.1f} s ({read:.2f} GiB read).")
+
+    def start() -> None:
+        directory.start(fresh=resume_from is None)
+        record_run(plan, directory, source, run_facts(plan))
+
+    on_main(start, world)
+    with contextlib.ExitStack() as stack:
+        reporter = None
+        if world.is_main:
+            reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
+        Trainer(run, reporter, signals).train()
+    if world.is_main:
+        _show_end(run.position.seconds, run.position.tokens, directory, plan)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print the layout, the steps and what each stage holds."""
+    config, layout, steps = plan.config, plan.layout, plan.steps
+    settings, trainable, sizes = control_settings(config), plan.builder.trainable(), plan.model.layer_bytes()
+    rows = []
+    for stage in range(layout.stages):
+        first, stop = plan.bounds[stage], plan.bounds[stage + 1]
+        names = [_layer_name(index, len(sizes)) for index in (first, stop - 1)]
+        trained = sum(trainable[first:stop])
+        rows.append(
+            [
+                stage,
+                names[0] if first == stop - 1 else f"{names[0]} … {names[1]}",
+                f"{sum(sizes[first:stop]) / GIB:.3f}",
+                f"{trained:,}",
+                f"{trained * BYTES_PER_TRAINED / GIB:.3f}",
+            ]
+        )
+    table(
+        f"{layout.stages} stages × {layout.replicas} replicas",
+        ["stage", "layers", "weights, GiB", "trained parameters", "with gradients and Adam, GiB"],
+        rows,
+        align="rl",
+    )
+    tokens = int(plan.data.train.tokens.sum())
+    note(
+        f"Control Adapters: rank {settings.rank}, scale {settings.scale:g}, site {settings.site}, "
+        f"{len(plan.adapted)} of {plan.model.layer_count} layers, {sum(trainable):,} parameters."
+    )
+    note(
+        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens), "
+        f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
+        f"{steps.total_steps:,} steps in all."
+    )
+
+
+def _layer_name(index: int, count: int) -> str:
+    if index == 0:
+        return "embedding"
+    return "head" if index == count - 1 else f"block {index - 1}"
+
+
+def _show_end(seconds: float, tokens: int, directory: RunDirectory, plan: Plan) -> None:
+    note(
+        f"Trained {plan.steps.total_steps:,} steps on {tokens:,} tokens in {seconds:,.0f} s "
+        f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)."
+    )
+    note(f"The adapter is in {directory.final}.")
+    note(f"Next: cadapter eval {directory.path / 'config.toml'}")

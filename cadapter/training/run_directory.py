@@ -1,0 +1,81 @@
+"""The directory of a run: what it holds, when it may be written to, and which checkpoint a resume starts from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cadapter.errors import UsageError
+from cadapter.training.state import newest_checkpoint
+
+PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best")
+
+
+class RunDirectory:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.best = path / "best"
+
+    def epoch(self, number: int) -> Path:
+        """Where the adapter after epoch ``number`` (from 1) is written."""
+        return self.path / f"epoch{number}"
+
+    def parts(self) -> list[Path]:
+        """What is there of a run."""
+        known = [self.path / name for name in PARTS]
+        return [path for path in [*known, *self.path.glob("epoch[0-9]*")] if path.exists()]
+
+    def checkpoint_to_resume(self, resume: bool, force: bool) -> tuple[Path | None, list[str]]:
+        """Return the newest valid checkpoint if this is a resume, with remarks about damaged ones.
+
+        Raises:
+            UsageError: the directory holds a run and neither ``resume`` nor ``force`` is given, or it is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"output_dir = {self.path} is a file.")
+        if resume:
+            return newest_checkpoint(self.checkpoints)
+        if self.parts() and not force:
+            raise UsageError(
+                f"{self.path} holds a run already.\n"
+                "Continue it with --resume-from-checkpoint, replace it with --force, or choose another output_dir."
+            )
+        return None, []
+
+    def start(self, fresh: bool) -> None:
+        """Make the directory; for a ``fresh`` run remove what an earlier one left there.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            trial = self.path / ".write-trial"
+            trial.write_bytes(b"")
+            trial.unlink()
+        except OSError as error:
+            raise UsageError(f"output_dir = {self.path} cannot be written: {error.strerror}.") from error
+        if fresh:
+            for part in self.parts():
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def adapter_of_run(path: Path) -> Path:
+    """Return the adapter that a run directory offers: final/, else the newest epochN/, else the newest checkpoint.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if (path / "final").is_dir():
+        return path / "final"
+    epochs = [part for part in path.glob("epoch[0-9]*") if part.name.removeprefix("epoch").isdigit()]
+    if epochs:
+        return max(epochs, key=lambda part: int(part.name.removeprefix("epoch")))
+    checkpoint, _ = newest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        raise UsageError(f"{path} holds no trained adapter yet.\nTrain one first, or name one with --adapter DIR.")
+    return checkpoint

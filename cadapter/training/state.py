@@ -1,0 +1,178 @@
+"""Checkpoints of a run: safetensors and JSON only, independent of the layout, whole or not at all.
+
+    checkpoints/step-000100/
+        adapter_config.json, adapter_model.safetensors, README.md    a complete adapter directory
+        optimizer.safetensors                                        Adam's moments by parameter name
+        state.json                                                   position in the run and what it depends on
+        manifest.json                                                sizes and SHA-256 of all of these
+
+A directory without a manifest that fits is no checkpoint. The data's order is a function of the step, so that the
+position is a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cadapter.errors import UsageError
+from cadapter.files import new_directory, write_json
+
+OPTIMISER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: non-padding tokens trained on.
+        seconds: time spent in training.
+        best_loss: lowest evaluation loss so far.
+        evaluated: step after which the last evaluation was made, −1 before the first.
+        skipped: steps left out because a gradient was not finite.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    evaluated: int = -1
+    skipped: int = 0
+
+
+@dataclass
+class Saved:
+    """A checkpoint read back: position, facts the run depended on, Adam's moments by parameter name."""
+
+    path: Path
+    position: Position
+    facts: dict[str, Any]
+    optimiser: dict[str, Tensor]
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+
+
+def _hash(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    directory: Path,
+    position: Position,
+    facts: dict[str, Any],
+    optimiser: dict[str, Tensor],
+    write_adapter: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Write checkpoint ``step-NNNNNN`` under ``directory``, then remove all but the newest ``keep``.
+
+    Args:
+        directory: the run's checkpoints/.
+        position: where the run stands.
+        facts: what a resume must find unchanged, by name.
+        optimiser: Adam's moments of all stages.
+        write_adapter: writes the adapter directory's files into a directory.
+        keep: how many checkpoints stay.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"step-{position.step:06d}"
+    with new_directory(target, force=True) as temporary:
+        write_adapter(temporary)
+        safetensors.torch.save_file(optimiser, temporary / OPTIMISER_FILE)
+        write_json(temporary / STATE_FILE, {"format": FORMAT, "position": asdict(position), "facts": facts})
+        files = sorted(path for path in temporary.iterdir() if path.is_file())
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+        write_json(temporary / MANIFEST_FILE, manifest)
+    for old in _in_order(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _in_order(directory: Path) -> list[Path]:
+    found = [(match, path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for match, path in sorted(found, key=lambda pair: int(pair[0].group(1)))]
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files by its manifest, or None."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text("utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "no readable manifest.json"
+    for name, (size, digest) in expected.items():
+        path = checkpoint / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size or _digest(path) != digest:
+            return f"{name} is damaged"
+    return None if {STATE_FILE, OPTIMISER_FILE} <= set(expected) else "it is incomplete"
+
+
+def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files fit its manifest, and a remark for each newer one passed over."""
+    remarks: list[str] = []
+    for path in reversed(_in_order(directory)):
+        fault = fault_of(path)
+        if fault is None:
+            return path, remarks
+        remarks.append(f"{path} is passed over: {fault}.")
+    return None, remarks
+
+
+def load_checkpoint(path: Path) -> Saved:
+    """Read what :func:`save_checkpoint` wrote, except the adapter.
+
+    Raises:
+        UsageError: it was written by another version's format, or cannot be read.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text("utf-8"))
+        if state["format"] != FORMAT:
+            raise UsageError(f"{path} has format {state['format']}; this cadapter reads format {FORMAT}.")
+        optimiser = safetensors.torch.load_file(path / OPTIMISER_FILE)
+        return Saved(path, Position(**state["position"]), state["facts"], optimiser)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def check_facts(saved: Saved, facts: dict[str, Any]) -> None:
+    """Make sure that a resume continues the same run.
+
+    Raises:
+        UsageError: naming each fact that differs, with both values.
+    """
+    differing = [
+        f"  {name}: {saved.facts.get(name)!r} in the checkpoint, {value!r} now"
+        for name, value in facts.items()
+        if saved.facts.get(name) != value
+    ]
+    if differing:
+        raise UsageError(
+            f"{saved.path} cannot be continued, since the run has changed:\n"
+            + "\n".join(differing)
+            + "\nSet them back, or start a new run in another output_dir."
+        )

@@ -1,0 +1,269 @@
+"""The loop: forward and backward through the pipeline, clip, Adam, decay, report; evaluate and save when due."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadapter.adapters.trained import NormSummary, TrainedControlAdapters
+from cadapter.config import Config
+from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
+from cadapter.errors import Stopped
+from cadapter.terminal import warn
+from cadapter.training.adapter_files import AdapterWriter
+from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
+from cadapter.training.distributed import World, barrier, gather_tensors, on_main, sum_over_world
+from cadapter.training.engine import Pipeline
+from cadapter.training.layout import Layout
+from cadapter.training.losses import SUMS, TrainingLoss
+from cadapter.training.optimiser import Optimiser, squared_gradient_norm
+from cadapter.training.report import Reporter
+from cadapter.training.run_directory import RunDirectory
+from cadapter.training.schedule import evaluation_steps, schedule_factor
+from cadapter.training.signals import StopSignals
+from cadapter.training.state import Position, save_checkpoint
+
+
+@dataclass
+class Run:
+    """The parts of a run, as :func:`cadapter.training.build.build_run` makes them."""
+
+    config: Config
+    world: World
+    layout: Layout
+    directory: RunDirectory
+    pipeline: Pipeline
+    loss: TrainingLoss
+    trained: TrainedControlAdapters
+    optimiser: Optimiser
+    plan: BatchPlan
+    batches: StepBatches
+    evaluation: EvaluationBatches | None
+    evaluation_accumulation: int
+    writer: AdapterWriter
+    facts: dict[str, Any]
+    position: Position
+
+
+@dataclass
+class _Pending:
+    """A step whose numbers are still on their way to the host."""
+
+    step: int
+    tokens: int
+    seconds: float
+    step_seconds: float
+    step_tokens: int
+    lr: float
+    gradient_norm: float
+    numbers: Tensor
+    arrived: Any
+
+
+class Trainer:
+    """Trains a run from its position to its end.
+
+    Raises (from :meth:`train`):
+        Stopped: a signal asked for it; a checkpoint was written first.
+    """
+
+    def __init__(self, run: Run, reporter: Reporter | None, signals: StopSignals) -> None:
+        self.run = run
+        self.reporter = reporter
+        self.signals = signals
+        self.position = run.position
+        self._pending: _Pending | None = None
+        self._evaluations = evaluation_steps(run.config.evals_per_run if run.evaluation else 0, run.plan.total_steps)
+        self._last_checkpoint = time.monotonic()
+        self._checkpointed_step = self.position.step
+        self._told_bound = False
+
+    def train(self) -> None:
+        """Take all remaining steps; afterwards ``final/`` is there."""
+        self._evaluate_if_due()
+        while self.position.step < self.run.plan.total_steps:
+            stop, save = self._step()
+            epoch_done = self.position.step % self.run.plan.steps_per_epoch == 0
+            self._evaluate_if_due()
+            if epoch_done:
+                self._save_adapter(self.run.directory.epoch(self.position.step // self.run.plan.steps_per_epoch))
+            if save or stop:
+                self._save_checkpoint()
+            if stop and self.position.step < self.run.plan.total_steps:
+                self._flush()
+                raise Stopped(f"Stopped after step {self.position.step}; a checkpoint is saved.", stop)
+        self._flush()
+        self._save_checkpoint()
+        self._save_adapter(self.run.directory.final)
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def _step(self) -> tuple[int, bool]:
+        """Take one optimiser step; return the signal that asks to stop (0: none) and whether to save a checkpoint."""
+        run, step = self.run, self.position.step + 1
+        started = time.monotonic()
+        lr = run.config.lr * self._schedule(step)
+        size, accumulation = run.config.micro_batch_size, run.config.gradient_accumulation_steps
+        run.pipeline.train(training_micro_batches(run.batches, step, run.layout, size, accumulation, run.loss.settings))
+        norm, stop, save = self._agree()
+        if math.isfinite(norm):
+            clip = run.config.gradient_clipping
+            run.optimiser.step(lr, clip / (norm + 1e-6) if clip else 1.0)
+            report = run.trained.after_step(lr, run.config.lora_rank)
+        else:
+            self.position.skipped += 1
+            report = run.trained.after_step(0.0, run.config.lora_rank)
+            if run.world.is_main:
+                warn(f"step {step}: a gradient is not finite; the step is skipped ({self.position.skipped} so far).")
+        run.optimiser.clear_gradients()
+        numbers = torch.cat([run.loss.take_sums(), report.flatten() * (run.layout.replica == 0)])
+        self._flush()
+        tokens = run.batches.totals(step).tokens
+        self.position.step = step
+        self.position.tokens += tokens
+        seconds = time.monotonic() - started
+        self.position.seconds += seconds
+        self._pending = self._send(numbers, lr, norm, seconds, tokens)
+        return stop, save
+
+    def _schedule(self, step: int) -> float:
+        config = self.run.config
+        return schedule_factor(config.lr_schedule, step, self.run.plan.total_steps, config.warmup_steps, config.beta2)
+
+    def _agree(self) -> tuple[float, int, bool]:
+        """Sum up what all processes must know alike: the global gradient norm, a stop signal, a due checkpoint."""
+        run = self.run
+        squares = squared_gradient_norm(run.optimiser.parameters.values(), run.world.device)
+        hours = (time.monotonic() - self._last_checkpoint) / 3600
+        due = run.world.is_main and hours >= run.config.checkpoint_interval_hours
+        # Gradients are equal on all replicas after their reduction, so one replica's count.
+        flags = torch.tensor(
+            [self.signals.stop == SIGTERM, self.signals.stop == SIGINT, self.signals.save or due],
+            dtype=torch.float64,
+            device=run.world.device,
+        )
+        values = torch.cat([squares.reshape(1) * (run.layout.replica == 0), flags])
+        total, terminate, interrupt, save = sum_over_world(values).tolist()
+        self.signals.save = False
+        every = run.config.checkpoint_interval_steps
+        by_steps = every is not None and (self.position.step + 1) % every == 0
+        stop = SIGTERM if terminate else SIGINT if interrupt else 0
+        return math.sqrt(total), int(stop), bool(save) or by_steps
+
+    def _send(self, numbers: Tensor, lr: float, norm: float, seconds: float, tokens: int) -> _Pending:
+        """Sum a step's numbers over the processes and start their way to the host, without waiting for it."""
+        summed, arrived = sum_over_world(numbers), None
+        if summed.is_cuda:
+            host = torch.empty(summed.shape, dtype=summed.dtype, pin_memory=True)
+            host.copy_(summed, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            summed = host
+        position = self.position
+        return _Pending(position.step, position.tokens, position.seconds, seconds, tokens, lr, norm, summed, arrived)
+
+    def _flush(self) -> None:
+        """Report the step whose numbers are on their way, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is None or self.reporter is None:
+            return
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        sums = dict(zip(SUMS, pending.numbers[: len(SUMS)].tolist(), strict=True))
+        layers, rank = len(self.run.trained.layers), self.run.config.lora_rank
+        norms = NormSummary(
+            pending.numbers[len(SUMS) :].view(layers, -1), rank, self.run.config.alpha / self.run.config.lora_rank
+        )
+        if norms.bounded_layers and not self._told_bound:
+            self._told_bound = True
+            warn(
+                f"step {pending.step}: weight decay is bounded in {norms.bounded_layers} layers, since "
+                f"lr·λ = {pending.lr * self.run.config.lora_weight_decay:.3g} would overshoot; lower lr or "
+                "lora_weight_decay. This is said once."
+            )
+        totals = self.run.batches.totals(pending.step)
+        values = self._loss_metrics("train", sums, totals.neutral) | {
+            "train/lr": pending.lr,
+            "train/grad_norm": pending.gradient_norm,
+            "train/tokens_per_second": pending.step_tokens / max(pending.step_seconds, 1e-9),
+            **norms.metrics(),
+        }
+        epoch = self.run.plan.epoch_of(pending.step)
+        self.reporter.training_step(pending.step, epoch, pending.tokens, pending.seconds, values, norms.frobenius)
+
+    def _loss_metrics(self, prefix: str, sums: dict[str, float], neutral_positions: int) -> dict[str, float]:
+        """Means from sums; a class without tokens has no mean."""
+        settings, applications = self.run.loss.settings, self.run.loss.settings.applications
+        count = sums["tokens_pos"] + sums["tokens_neg"]
+        weighted = settings.positive * sums["tokens_pos"] + settings.negative * sums["tokens_neg"]
+        means = {
+            "loss": (sums["weighted_nll"], weighted),
+            "loss_pos": (sums["nll_pos"], sums["tokens_pos"]),
+            "loss_neg": (sums["nll_neg"], sums["tokens_neg"]),
+            "top1_accuracy": (sums["correct"], count),
+        }
+        if settings.neutral > 0:
+            means["loss_neutral"] = (sums["neutral"], applications * neutral_positions)
+        return {f"{prefix}/{name}": total / number for name, (total, number) in means.items() if number > 0}
+
+    # ---- now and then ---------------------------------------------------------------------------------------------
+
+    def _evaluate_if_due(self) -> None:
+        run, step = self.run, self.position.step
+        if run.evaluation is None or step not in self._evaluations or self.position.evaluated >= step:
+            return
+        self._flush()
+        run.loss.take_sums()
+        count = len(run.evaluation) * run.evaluation_accumulation
+        run.pipeline.evaluate(evaluation_micro_batches(run.evaluation, run.loss.settings), count)
+        numbers = sum_over_world(run.loss.take_sums())
+        sums = dict(zip(SUMS, numbers.tolist(), strict=True))
+        neutral = sum(run.evaluation.totals(number).neutral for number in range(len(run.evaluation)))
+        values = self._loss_metrics("eval", sums, neutral)
+        self.position.evaluated = step
+        if self.reporter is not None:
+            epoch = run.plan.epoch_of(max(step, 1))
+            self.reporter.evaluation(step, epoch, self.position.tokens, self.position.seconds, values)
+        loss = values.get("eval/loss", math.inf)
+        if step and (self.position.best_loss is None or loss < self.position.best_loss):
+            self.position.best_loss = loss
+            self._save_adapter(run.directory.best)
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """All stages' trained parameters on rank 0."""
+        own = {name: parameter.detach() for name, parameter in self.run.trained.parameters().items()}
+        return gather_tensors(own, self.run.layout.stage_leaders(), self.run.world)
+
+    def _save_adapter(self, target: Path) -> None:
+        tensors = self._adapter_tensors()
+        on_main(lambda: self.run.writer.write(target, tensors), self.run.world)
+
+    def _save_checkpoint(self) -> None:
+        run = self.run
+        if self._checkpointed_step == self.position.step:
+            return
+        self._flush()
+        tensors = self._adapter_tensors()
+        moments = gather_tensors(run.optimiser.state(), run.layout.stage_leaders(), run.world)
+
+        def write() -> None:
+            save_checkpoint(
+                run.directory.checkpoints,
+                self.position,
+                run.facts,
+                moments,
+                lambda directory: run.writer.fill(directory, tensors),
+                run.config.max_checkpoints,
+            )
+
+        on_main(write, run.world)
+        barrier()
+        self._checkpointed_step = self.position.step
+        self._last_checkpoint = time.monotonic()
