@@ -207,6 +207,17 @@ def _singular_values_of_identity_plus(A: Tensor, B: Tensor, scale: float) -> Ten
     return torch.cat([values, values.new_ones(1)]) if Q.shape[0] > Q.shape[1] else values
 
 
+def neumann_remainder(A: Tensor, B: Tensor, scale: float, order: int) -> float:
+    """``‖(I+W)^-1 − Σ_{j≤k} (−W)^j‖₂ = ‖s·B·M^k·(I+M)^-1·A‖₂``: what order k leaves out; inf where I + W is singular.
+
+    A [r, H], B [H, r]; worked out in float64 through the triangular factors of B and Aᵀ.
+    """
+    A, B = A.double(), B.double()
+    M, R_A, R_B = core(A, B, scale), torch.linalg.qr(A.mT).R, torch.linalg.qr(B).R
+    left_out = scale * R_B @ torch.linalg.matrix_power(M, order) @ exact_inverse(M) @ R_A.mT
+    return torch.linalg.matrix_norm(left_out, 2).item() if torch.isfinite(left_out).all() else math.inf
+
+
 def health(A: Tensor, B: Tensor, scale: float) -> Health:
     """Norms and health of ``W = s·B·A`` for A [r, H], B [H, r], in float64 through QR of both factors."""
     A, B = A.double(), B.double()
@@ -215,12 +226,6 @@ def health(A: Tensor, B: Tensor, scale: float) -> Health:
     sigma = scale * torch.linalg.svdvals(R_B @ R_A.mT)
     of_sum = _singular_values_of_identity_plus(A, B, scale)
     squares = sigma.square().sum().item()
-    inverse = -exact_inverse(M)
-
-    def remainder(order: int) -> float:
-        left_out = scale * R_B @ torch.linalg.matrix_power(M, order) @ inverse @ R_A.mT
-        return torch.linalg.matrix_norm(left_out, 2).item() if torch.isfinite(left_out).all() else math.inf
-
     smallest, largest = of_sum.amin().item(), of_sum.amax().item()
     return Health(
         frobenius=math.sqrt(squares),
@@ -230,8 +235,8 @@ def health(A: Tensor, B: Tensor, scale: float) -> Health:
         sigma_max=largest,
         condition=largest / smallest if smallest > 0 else math.inf,
         effective_rank=sigma.sum().item() ** 2 / squares if squares > 0 else 0.0,
-        neumann_remainder_1=remainder(1),
-        neumann_remainder_2=remainder(2),
+        neumann_remainder_1=neumann_remainder(A, B, scale, 1),
+        neumann_remainder_2=neumann_remainder(A, B, scale, 2),
     )
 
 

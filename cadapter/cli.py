@@ -15,7 +15,7 @@ import typer
 from cadapter import __version__, terminal
 from cadapter.errors import CadapterError, Stopped
 
-COMMANDS = ("train", "schema")
+COMMANDS = ("train", "eval", "schema")
 """The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with
 ``EXAMPLES`` beside it: the command lines that its help ends with."""
 
@@ -31,7 +31,8 @@ _ERRORS_OF_TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
 
 def _examples(lines: Sequence[str]) -> str:
     """The epilog of a help page: one example a line, with nothing in it taken for markup."""
-    return "\n".join(["[bold]Examples[/bold]", *(line.replace("[", "\\[") for line in lines)])
+    # Two newlines: older versions of Typer join lines that only one separates.
+    return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", "\\[") for line in lines)])
 
 
 app = typer.Typer(

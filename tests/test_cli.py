@@ -59,7 +59,7 @@ def test_help_lists_commands_and_keeps_the_lines_of_its_examples() -> None:
         assert command in done.stdout
     for option in ("--quiet", "--debug", "--version", "--install-completion"):
         assert option in done.stdout
-    lines = [line.strip() for line in done.stdout.splitlines()]
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     first = lines.index("Examples")
     assert lines[first + 1].startswith("cadapter ")
     assert lines[first + 2].startswith("cadapter ")

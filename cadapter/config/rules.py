@@ -8,6 +8,7 @@ from typing import Any
 
 from cadapter.classes import NEUTRAL, POSITIVE
 from cadapter.config.lines import KeyPath
+from cadapter.config.toml import toml_key
 from cadapter.errors import UsageError
 
 
@@ -22,7 +23,7 @@ class Problem:
     @property
     def key(self) -> str:
         """The path as it is written after --set: ``datasets.0.control_class``."""
-        return ".".join(str(part) for part in self.path)
+        return toml_key(self.path)
 
 
 @dataclass(frozen=True)

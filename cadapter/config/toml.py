@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def parse_toml(source: str) -> dict[str, Any]:
@@ -40,6 +44,11 @@ def _whole_text(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_whole_text(item)}" for key, item in value.items()) + " }" if value else "{}"
     return str(value)
+
+
+def toml_key(path: Sequence[str | int]) -> str:
+    """``path`` as a dotted key: ``datasets.0.control_class``; names that need quotes have them."""
+    return ".".join(str(part) if _BARE_KEY.fullmatch(str(part)) else toml_text(part) for part in path)
 
 
 def toml_type(value: Any) -> str:

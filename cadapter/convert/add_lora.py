@@ -108,7 +108,7 @@ def to_add_lora(
     """
     if rank is not None and not 1 <= rank <= adapter.rank:
         raise UsageError(f"--rank {rank}: the adapter has rank {adapter.rank}; a smaller one truncates it, 1 at least.")
-    target = find_target(adapter, base, writers)
+    target = find_target(adapter, base, dial, writers)
     folded = operators(adapter, dial)
     with new_directory(output, force) as directory:
         pairs, kept = _convert(base, folded, target, rank, advance)

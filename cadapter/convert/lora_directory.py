@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -94,13 +95,18 @@ def write_lora(directory: Path, config: Mapping[str, Any], pairs: Mapping[str, L
     tensors = {}
     for module, pair in pairs.items():
         prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = pair.A.float().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = pair.B.float().contiguous()
+        tensors[f"{prefix}.lora_A.weight"] = _own(pair.A)
+        tensors[f"{prefix}.lora_B.weight"] = _own(pair.B)
         if pair.bias is not None:
-            tensors[f"{prefix}.lora_B.bias"] = pair.bias.float().contiguous()
+            tensors[f"{prefix}.lora_B.bias"] = _own(pair.bias)
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     write_json(directory / CONFIG_NAME, dict(config))
     write_text(directory / "README.md", card)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A float32 copy with memory of its own: safetensors refuses tensors that share theirs, as writers share A and B."""
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:

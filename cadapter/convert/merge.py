@@ -93,8 +93,24 @@ class _Merger:
             self.summary.bytes += rewrite_shard(
                 self.base.directory / file, directory / file, self.replacement, self.touched, self.dtype
             )
-            self.advance((self.base.directory / file).stat().st_size)
+            self.advance(sum(self.base.file_of(name) == file for name in self.base.names()))
         self.summary.copied = len(self.base.names()) - self.summary.changed
+
+
+def usable_device(name: str) -> str:
+    """Return ``name`` if it is a device that torch can compute on here.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {name} cannot be used here: {reason}\nUse cpu, or cuda where there is a GPU."
+        ) from error
+    return name
 
 
 def merge_model(
@@ -105,7 +121,7 @@ def merge_model(
     device: str = "cpu",
     dtype: str | None = None,
     force: bool = False,
-    advance: Callable[[int], None] = lambda bytes_done: None,
+    advance: Callable[[int], None] = lambda tensors_done: None,
 ) -> MergeSummary:
     """Write ``base`` with the changes of ``plan`` to ``output``: same shards, same names, same index.
 
@@ -113,7 +129,7 @@ def merge_model(
         card: makes README.md from the summary.
         device: where the changes are worked out.
         dtype: "float32", "bfloat16" or "float16" for all weights; None keeps each tensor's own.
-        advance: called with the bytes read after each shard.
+        advance: called after each shard with its number of tensors.
 
     Raises:
         UsageError: ``output`` exists, the base is quantised, or a result is not finite. Nothing is written then.
@@ -180,6 +196,6 @@ tags:
 {steps}
 
 {summary.changed} tensors changed and {summary.copied} were copied. The largest change of a tensor is
-{summary.largest_change:.3%} of its norm ({summary.largest_name}). The weights were computed in float32 and rounded once,
-to {dtype or "the dtype they had"}.
+{summary.largest_change:.3%} of its norm ({summary.largest_name}). The changes were worked out in float32 and rounded
+once, to {dtype or "the dtype the weights had"}.
 {remarks}"""

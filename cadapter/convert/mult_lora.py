@@ -38,7 +38,7 @@ def to_mult_lora(
     Raises:
         UsageError: the adapter changes nothing, its power does not exist, its family is unknown, or ``output`` exists.
     """
-    target = find_target(adapter, base, writers)
+    target = find_target(adapter, base, dial, writers)
     pairs = {
         module_name(layer, writer): LoraPair(operator.A, operator.B, 1.0)
         for layer, operator in operators(adapter, dial).items()

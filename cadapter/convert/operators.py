@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, LayerFacts, LowRank, describe_layers, validate_against
-from cadapter.algebra import core, strength_transform
+from cadapter.algebra import core, neumann_remainder, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, family_of
@@ -26,11 +26,13 @@ Writers = Literal["mlp", "all"]
 class Dial:
     """How far to turn an adapter: ``(I + W)^strength``, then the change itself times ``factor``.
 
-    At most one of the two differs from 1: a linear scale x is (1, x), the inverse is (−1, 1).
+    At most one of the two differs from 1: a linear scale x is (1, x), the inverse is (−1, 1). ``is_power`` tells a
+    strength that was asked for by its name.
     """
 
     strength: float = 1.0
     factor: float = 1.0
+    is_power: bool = False
 
     @classmethod
     def from_options(cls, strength: float | None = None, scale: float | None = None, inverse: bool = False) -> Dial:
@@ -52,7 +54,7 @@ class Dial:
             raise UsageError(f"{' and '.join(given)} exclude one another: give one of them.")
         if inverse:
             return cls(strength=-1.0)
-        return cls(1.0 if strength is None else strength, 1.0 if scale is None else scale)
+        return cls(1.0 if strength is None else strength, 1.0 if scale is None else scale, strength is not None)
 
     def __str__(self) -> str:
         return f"scale {self.factor:g}" if self.factor != 1 else f"strength {self.strength:g}"
@@ -96,8 +98,8 @@ class Target:
     Attributes:
         facts: the layers' facts by layer number.
         writers: "mlp" or "all".
-        notes: what the user must hear: that the result only approximates the adapter, or that the base is of another
-            type than the one it was trained on.
+        notes: what the user must hear: that the result only approximates the adapter, that the base is of another
+            type than the one it was trained on, or how far the exact inverse is from the one it was trained with.
     """
 
     facts: Mapping[int, LayerFacts]
@@ -125,10 +127,11 @@ def _approximation(site: str, writers: Writers, parallel: bool, post_norms: bool
     )
 
 
-def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, writers: Writers | None) -> Target:
+def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dial, writers: Writers | None) -> Target:
     """Tell the writers to change: from the base where it is given, else from what the adapter records.
 
     Args:
+        dial: how far the adapter will be turned, for the notes.
         writers: None follows the site: the MLP's for "mlp", the attention's and the MLP's for "block" and "writes".
 
     Raises:
@@ -152,7 +155,11 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, writers: 
             f"{adapter.path} does not record the family of its base model.\nGive the base model with --base."
         )
     post_norms = any(layer.post_norms for layer in facts.values())
-    notes = (_approximation(adapter.site, writers, parallel, post_norms), _other_family(adapter, base))
+    notes = (
+        _approximation(adapter.site, writers, parallel, post_norms),
+        _other_family(adapter, base),
+        _other_inverse(adapter, dial),
+    )
     return Target(facts, writers, tuple(note for note in notes if note))
 
 
@@ -160,6 +167,17 @@ def _other_family(adapter: ControlAdapterFiles, base: Checkpoint | None) -> str 
     if base is None or adapter.base_model_type in (None, base.config.model_type):
         return None
     return f"The adapter was trained on a {adapter.base_model_type} model; this base is {base.config.model_type}."
+
+
+def _other_inverse(adapter: ControlAdapterFiles, dial: Dial) -> str | None:
+    if adapter.inverse != "neumann" or dial.strength >= 0:
+        return None
+    order = adapter.neumann_order
+    remainder = max(neumann_remainder(f.A, f.B, adapter.scale, order) for f in adapter.layers.values())
+    return (
+        f"The adapter was trained with the Neumann series of order {order}; this is the exact inverse, from which the "
+        f"series differs by at most {remainder:.2g} (spectral norm)."
+    )
 
 
 def module_name(layer: int, writer: str) -> str:

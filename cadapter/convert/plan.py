@@ -93,7 +93,7 @@ def plan_control(
     Raises:
         UsageError: the adapter does not fit the base, changes nothing, or its power does not exist.
     """
-    target = find_target(adapter, base, writers)
+    target = find_target(adapter, base, dial, writers)
     for layer, operator in operators(adapter, dial).items():
         if not does_nothing(operator):
             for writer in target.names(layer):
@@ -126,10 +126,10 @@ def plan_additive(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> 
     """Add to ``plan`` what an additive LoRA changes; strength −1 subtracts it.
 
     Raises:
-        UsageError: a strength other than ±1, a module that is not in the base or does not fit, a bias where the base
+        UsageError: a strength, a module that is not in the base or does not fit, a bias where the base
             has none, or it changes nothing.
     """
-    if abs(dial.strength) != 1:
+    if dial.is_power:
         raise UsageError("--strength does not exist for an additive LoRA.\nUse --scale X, or --inverse to subtract it.")
     touched = 0
     for module, pair in lora.pairs.items():

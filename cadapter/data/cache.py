@@ -135,16 +135,18 @@ class Cache:
             return "new"
         return describe_change(max(manifests, key=lambda manifest: manifest["created"]), recipe.as_json())
 
-    def build(self, recipe: Recipe, fill: Callable[[Path], dict[str, Any]]) -> Path:
+    def build(self, recipe: Recipe, fill: Callable[[Path], dict[str, Any]], replace: bool = False) -> Path:
         """Make a new entry of ``recipe``; ``fill`` writes its Arrow files and returns its statistics.
 
-        Older entries of the same recipe (damaged, or rebuilt by force) are removed when it is complete.
+        When it is complete, damaged entries of the same recipe are removed, and with ``replace`` all that stood
+        there at the start: never one that another process has just finished and is about to open.
 
         Raises:
             CadapterError: neither directory can be written, or the disk is full.
         """
         root, created = self._writable()
-        older = list(_children(root, f"{recipe.key[:32]}-*"))
+        same = _children(root, f"{recipe.key[:32]}-*")
+        older = [entry for entry in same if replace or _damage(entry, recipe.key)]
         target = root / f"{recipe.key[:32]}-{uuid.uuid4().hex[:8]}"
         try:
             with new_directory(target) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +89,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises:
         UsageError: there is no such model, or it has no tokenizer.
     """
-    directory = Path(config.model_dir).expanduser()
+    directory = Path(os.path.expanduser(config.model_dir))
     if not directory.is_dir():
         from cadapter.models.checkpoint import resolve_model  # needs torch, which a local directory does not
 
@@ -116,7 +117,8 @@ def prepare_data(config: Config, *, force: bool = False) -> PreparedData:
     for stream in streams:
         recipe = _recipe(config, stream, tokenizer, hashes)
         found, reason = (None, "forced") if force and recipe.key not in done else store.find(recipe)
-        directory = found or store.build(recipe, partial(build_stream, config, stream, tokenizer, hashes))
+        build = partial(build_stream, config, stream, tokenizer, hashes)
+        directory = found or store.build(recipe, build, replace=reason == "forced")
         done.add(recipe.key)
         entry = cache.open_entry(directory, config.sequence_len, [dataset.name for dataset in stream])
         entries.append(entry)
@@ -189,7 +191,7 @@ def _stem(path: str) -> str:
 
 def _cache_directory(config: Config, datasets: list[Dataset]) -> Path:
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+        return Path(os.path.expanduser(config.cache_dir))
     return datasets[0].files[0].parent / cache.FOLDER
 
 
@@ -211,7 +213,7 @@ def _recipe(config: Config, stream: list[Dataset], tokenizer: Tokenizer, hashes:
     options = {key: getattr(config, key) for key in _SHARED_OPTIONS}
     each = [{key: getattr(dataset, key) for key in _DATASET_OPTIONS} for dataset in stream]
     return cache.Recipe(
-        sources=[str(Path(dataset.path).expanduser().absolute()) for dataset in stream],
+        sources=[os.path.abspath(os.path.expanduser(dataset.path)) for dataset in stream],
         files=[{str(file.absolute()): hashes[file] for file in dataset.files} for dataset in stream],
         tokenizer=tokenizer.fingerprint,
         options={**options, "datasets": each},

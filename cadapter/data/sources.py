@@ -16,6 +16,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def resolve_files(dataset_path: str) -> list[Path]:
     Raises:
         UsageError: there is none, it is a directory, or one of them has an unknown ending.
     """
-    path = Path(dataset_path).expanduser()
+    path = Path(os.path.expanduser(dataset_path))
     if path.is_dir():
         raise UsageError(
             f"{dataset_path} is a directory.\nGive a file or a glob, for example '{dataset_path}/*.jsonl'."
@@ -136,12 +137,7 @@ def _read_json(file: Path, text_field: str) -> Iterator[tuple[int, str]]:
     text = _read_whole(file)
     if not text.strip():
         raise UsageError(f"{file} is empty.")
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from error
-    except RecursionError as error:
-        raise UsageError(f"{file}: broken JSON: nested too deeply.") from error
+    records = _parse(text, file, 0)
     if not isinstance(records, list):
         raise UsageError(
             f"{file} must hold a list of objects, but holds {_JSON_TYPES[type(records)]}.\n"
@@ -158,18 +154,23 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[tuple[int, str]]:
             where = f"{file}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
             except UnicodeDecodeError as error:
                 raise _not_utf8(where) from error
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{where}: broken JSON: {error.msg} (column {error.colno}).") from error
-            except RecursionError as error:
-                raise UsageError(f"{where}: broken JSON: nested too deeply.") from error
-            yield number, _text_of(record, text_field, where)
+            if text.strip():
+                yield number, _text_of(_parse(text.rstrip(), file, number - 1), text_field, where)
     if number == 0:
         raise UsageError(f"{file} is empty.")
+
+
+def _parse(text: str, file: Path, lines_before: int) -> Any:
+    """Return the JSON value of ``text``, which begins ``lines_before`` lines into ``file``."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{file}, line {lines_before + error.lineno}"
+        raise UsageError(f"{where}: broken JSON: {error.msg} (column {error.colno}).") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+        raise UsageError(f"{file}, from line {lines_before + 1}: JSON that cannot be read: {error}.") from error
 
 
 def _read_parquet(file: Path, text_field: str) -> Iterator[tuple[int, str]]:

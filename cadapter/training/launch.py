@@ -81,6 +81,7 @@ def _free_port() -> int:
 def launcher_command(options: LaunchOptions, processes: int, arguments: Sequence[str]) -> list[str]:
     """Return the command that starts ``cadapter ARGUMENTS`` under DeepSpeed's launcher."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--no_local_rank"]
+    command += ["--log_level", "error"]
     port = options.master_port
     if port is None and not options.several_nodes:
         port = _free_port()
@@ -122,7 +123,8 @@ def run_under_launcher(options: LaunchOptions, processes: int, arguments: Sequen
     """
     received: list[int] = []
     # A session of its own: Ctrl-C reaches the workers through us alone, not the launcher, which would kill them.
-    environment = {**os.environ, "CADAPTER_LAUNCHED": "1"}
+    # DeepSpeed looks for an accelerator with a warning where there is none.
+    environment = {"DS_ACCELERATOR": "cuda" if visible_gpus() else "cpu", **os.environ}
     job = subprocess.Popen(launcher_command(options, processes, arguments), env=environment, start_new_session=True)
 
     def pass_on(number: int, _frame: FrameType | None) -> None:

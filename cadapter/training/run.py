@@ -100,7 +100,7 @@ def show_plan(plan: Plan) -> None:
             ]
         )
     table(
-        f"{layout.stages} stages × {layout.replicas} replicas",
+        f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
         ["stage", "layers", "weights, GiB", "trained parameters", "with gradients and Adam, GiB"],
         rows,
         align="rl",

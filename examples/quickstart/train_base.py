@@ -25,8 +25,8 @@ PAD, BOS, EOS = range(3)
 VOCABULARY = 2048
 SEQUENCE = 256
 LONGEST = 1024
-BATCH = 16
-PEAK_LR = 4e-3
+BATCH = 4
+PEAK_LR = 3e-3
 STAMP = "made-from.txt"
 
 
@@ -60,7 +60,7 @@ def new_model() -> LlamaForCausalLM:
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=LONGEST,
@@ -104,7 +104,7 @@ def train(model: LlamaForCausalLM, rows: torch.Tensor, held_out: torch.Tensor, e
             optimiser.zero_grad()
             schedule.step()
             step += 1
-            if step % 100 == 0 or step == steps:
+            if step % 200 == 0 or step == steps:
                 seconds = time.monotonic() - started
                 print(f"  step {step:>5} of {steps}   loss {loss.item():.3f}   {seconds:>4.0f} s", flush=True)
     print(f"  loss on held-out text: {held_out_loss(model, held_out):.3f} nats per token")

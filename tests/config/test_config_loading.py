@@ -155,6 +155,7 @@ messages_field = "m"
         ('datasets = ["a.txt"]', "a dataset is a table"),
         ('model_path = "x"', 'did you mean "model_dir"?'),
         ("zzz = 1", "unknown key; remove it"),
+        ('"two\\nlines" = 1', 'run.toml:6: "two\\nlines": unknown key'),
         ("control_class = 1", "it stands under [[datasets]]"),
     ],
 )

@@ -1,0 +1,63 @@
+"""Options that the converting commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DIAL_PANEL = "How far to turn the adapter"
+
+
+class WritersChoice(str, Enum):
+    """Which residual writers a conversion changes."""
+
+    mlp = "mlp"
+    all = "all"
+
+
+AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a control adapter.")]
+BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="Directory or hub id of the base model.")]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write; it must not exist.")]
+InverseOption = Annotated[
+    bool,
+    typer.Option("--inverse", help="The exact inverse (the same as --strength -1).", rich_help_panel=DIAL_PANEL),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        help="(I + W)^T: 1 as trained, -1 the inverse, 0.5 half-way, 2 twice as far.",
+        rich_help_panel=DIAL_PANEL,
+    ),
+]
+WritersOption = Annotated[
+    WritersChoice | None,
+    typer.Option(
+        help="Change the MLP's residual writers only, or the attention's too. Default: those of the adapter's site.",
+        show_default=False,
+        rich_help_panel="More",
+    ),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.", rich_help_panel="More")]
+
+
+def check_output(output: Path, force: bool, *inputs: str | Path) -> None:
+    """Refuse an output that exists, and with ``force`` one that is or holds an input.
+
+    Raises:
+        UsageError: as said.
+    """
+    from cadapter.errors import UsageError
+    from cadapter.files import refuse_existing
+
+    refuse_existing(output, force)
+    target = output.resolve()
+    for given in inputs:
+        source = Path(given).resolve()
+        if source.exists() and (source == target or target in source.parents):
+            raise UsageError(
+                f"{output} is or holds the input {given}, which --force would remove: choose another output."
+            )

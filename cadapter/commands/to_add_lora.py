@@ -1,0 +1,86 @@
+"""``cadapter to-add-lora``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cadapter.commands.conversion_options import (
+    AdapterArgument,
+    BaseArgument,
+    ForceOption,
+    InverseOption,
+    OutputArgument,
+    StrengthOption,
+    WritersOption,
+    check_output,
+)
+
+if TYPE_CHECKING:
+    from cadapter.convert.add_lora import AdditiveSummary
+
+EXAMPLES = (
+    "cadapter to-add-lora models/llama-8b runs/tone/final tone-lora",
+    "cadapter to-add-lora models/llama-8b runs/tone/final tone-softly --strength 0.5 --rank 8",
+)
+
+
+def command(
+    base: BaseArgument,
+    adapter: AdapterArgument,
+    output: OutputArgument,
+    inverse: InverseOption = False,
+    strength: StrengthOption = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Truncate to rank K and say what that keeps. Default: the adapter's own rank."),
+    ] = None,
+    writers: WritersOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Turn a control adapter into an additive LoRA that peft loads.
+
+    At the adapter's own rank the LoRA is (I + s·B·A)·W − W of each residual writer, to rounding: nothing is
+    approximated by a decomposition.
+    """
+    from cadapter.adapters.directory import read_control_adapter
+    from cadapter.convert.add_lora import to_add_lora
+    from cadapter.convert.operators import Dial
+    from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.terminal import note, progress, warn
+
+    check_output(output, force, base, adapter)
+    dial = Dial.from_options(strength=strength, inverse=inverse)
+    control = read_control_adapter(adapter)
+    with progress("converting", unit="modules") as advance:
+        summary = to_add_lora(
+            Checkpoint(resolve_model(base)),
+            base,
+            control,
+            output,
+            dial,
+            rank=rank,
+            writers=writers.value if writers else None,
+            force=force,
+            advance=advance,
+        )
+    for line in summary.notes:
+        warn(line)
+    _print_kept(summary)
+    biases = f", {summary.biases} with a bias" if summary.biases else ""
+    note(f"{output}: LoRA at {dial}, {summary.pairs} modules{biases} of {summary.layers} layers, rank {summary.rank}.")
+
+
+def _print_kept(summary: AdditiveSummary) -> None:
+    """With --rank: the share of ‖ΔW‖² that truncation kept."""
+    from cadapter.terminal import table
+
+    if summary.kept:
+        rows = [(layer, f"{share:.4%}") for layer, share in summary.kept.items()]
+        table(
+            f"Truncated to rank {summary.rank}: what is kept of ‖ΔW‖²",
+            ("layer", "kept"),
+            [*rows, ("all", f"{summary.kept_overall:.4%}")],
+            align="r",
+        )

@@ -1,0 +1,63 @@
+"""How strong and how healthy a control adapter is, layer by layer, and what that means in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from cadapter.adapters.directory import ControlAdapterFiles, layer_ranges
+from cadapter.algebra import SINGULAR, Health, health, neumann_remainder
+
+SMALLEST_SIGMA = 0.1
+"""Below this smallest singular value of I + W the exact inverse magnifies by more than 10."""
+
+FROBENIUS_PER_ROOT_RANK = 0.25
+"""Guideline of the published method for the Neumann series: ``‖W‖_F ≲ 0.25·√r``."""
+
+
+def measure(adapter: ControlAdapterFiles, advance: Callable[[int], None] = lambda layers: None) -> dict[int, Health]:
+    """Norms and health of every layer; ``advance`` is called with 1 after each."""
+    measured = {}
+    for layer, factors in adapter.layers.items():
+        measured[layer] = health(factors.A, factors.B, adapter.scale)
+        advance(1)
+    return measured
+
+
+def verdict(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> list[str]:
+    """What the numbers mean: a few sentences, the most important first."""
+    if all(found.frobenius == 0 for found in measured.values()):
+        return ["W = 0 in every layer: the adapter does nothing."]
+    sentences = []
+    idle = [layer for layer, found in measured.items() if found.frobenius == 0]
+    if idle:
+        sentences.append(f"W = 0 in layers {layer_ranges(idle)}: they do nothing.")
+    judge = _judge_neumann if adapter.inverse == "neumann" else _judge_exact
+    return [*judge(adapter, measured), *sentences]
+
+
+def _judge_exact(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> list[str]:
+    worst = min(measured, key=lambda layer: measured[layer].sigma_min)
+    sigma = measured[worst].sigma_min
+    if sigma <= SINGULAR:
+        return [f"I + W of layer {worst} is singular: class −1 and strengths of −1 or less do not exist."]
+    magnifies = f"σ_min(I + W) is at least {sigma:.3g} (layer {worst}), so the inverse magnifies up to {1 / sigma:.3g}×"
+    if sigma < SMALLEST_SIGMA:
+        return [f"Warning: {magnifies}; above {1 / SMALLEST_SIGMA:g}× it is fragile. Train with a stronger decay."]
+    return [f"Healthy: {magnifies}."]
+
+
+def _judge_neumann(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> list[str]:
+    order, limit = adapter.neumann_order, FROBENIUS_PER_ROOT_RANK * math.sqrt(adapter.rank)
+    diverging = [layer for layer, found in measured.items() if found.radius >= 1]
+    if diverging:
+        return [f"Warning: the Neumann series diverges in layers {layer_ranges(diverging)} (ρ(W) ≥ 1)."]
+    left_out = max(neumann_remainder(f.A, f.B, adapter.scale, order) for f in adapter.layers.values())
+    leaves = f"order {order} leaves out at most {left_out:.2g} of the inverse (spectral norm)"
+    above = [layer for layer, found in measured.items() if found.frobenius > limit]
+    if above:
+        return [
+            f"Warning: ‖W‖_F exceeds the guideline 0.25·√r = {limit:.3g} in layers {layer_ranges(above)}; {leaves}. "
+            "Train with a stronger decay."
+        ]
+    return [f"Healthy: ‖W‖_F is within the guideline 0.25·√r = {limit:.3g} in every layer; {leaves}."]

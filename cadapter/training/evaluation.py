@@ -1,0 +1,188 @@
+"""A whole ``eval``: documents scored one by one under several strengths at once, through the pipeline.
+
+A micro-batch holds one document once for each strength; a row's code tells its strength, so one forward pass gives
+the base's and all adapted distributions, and the last stage compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cadapter.adapters.control import ControlAdapter, ControlSettings, Transform
+from cadapter.adapters.directory import ControlAdapterFiles, read_control_adapter, validate_against
+from cadapter.algebra import core, strength_transform
+from cadapter.classes import IGNORED_LABEL
+from cadapter.config import Config
+from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
+from cadapter.errors import UsageError
+from cadapter.models.checkpoint import resolve_model
+from cadapter.models.layers import CarrierFormat, DecoderLayer
+from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.training.build import prepare_together
+from cadapter.training.distributed import World, join_world, leave_world, sum_over_world
+from cadapter.training.engine import Pipeline, PipelineBatch
+from cadapter.training.layout import Layout, stage_bounds
+from cadapter.training.losses import ComparisonLoss
+from cadapter.training.scores import Contrast, Score, contrasts, score_datasets
+from cadapter.training.stages import StageBuilder, adapters_of
+
+LENGTH_STEP = 64
+"""Documents are padded to a multiple of this many tokens, so that few different shapes run."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What the command line adds to a config."""
+
+    adapter: Path
+    strengths: tuple[float, ...] = (1.0, -1.0)
+    data: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``eval`` found."""
+
+    scores: list[Score]
+    contrasts: list[Contrast]
+    skipped: int
+
+
+def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
+    """Score the run's held-out documents, or those of ``options.data``; the result is on rank 0, None elsewhere.
+
+    Raises:
+        UsageError: adapter, model and data do not go together, or there is nothing to score.
+    """
+    world = join_world()
+    try:
+        return _evaluate(config, options, world)
+    finally:
+        leave_world()
+
+
+def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation | None:
+    files = read_control_adapter(options.adapter)
+    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    model = CausalLM(resolve_model(config.model_dir), DTYPES[config.dtype], world.device, attention)
+    validate_against(files, model.hidden_size, model.layer_count)
+    found = _documents(config, options, world)
+    documents = [document for document in found if _scored_tokens(document)]
+    if not documents:
+        raise UsageError("There is no document to evaluate on.\nSet eval_fraction above 0, or give --data FILE:CLASS.")
+    strengths = [0.0, *dict.fromkeys(t for t in options.strengths if t != 0)]
+    # Refuse an impossible strength before any weight is read.
+    tables = {layer: strength_table(files, layer, strengths) for layer in files.layers}
+    # On one process the whole model is one stage, however the run was laid out.
+    stages = 1 if world.size == 1 else config.pipeline_stages
+    layout = Layout.of(world.size, stages, world.rank, config.use_column_major_topology)
+    loss = ComparisonLoss()
+    pipeline = _pipeline(model, files, layout, loss, len(strengths))
+    install(pipeline, files, tables)
+    for length, group in _by_length(documents, config.sequence_len).items():
+        shares = _share(group, layout)
+        pipeline.evaluate(_micro_batches(documents, shares, length, len(strengths)), len(shares))
+    sums = torch.zeros(len(documents), len(strengths), 4, dtype=torch.float64)
+    for index, values in loss.results:
+        if index >= 0:
+            sums[index] = values
+    sums = sum_over_world(sums.to(world.device)).cpu()
+    if not world.is_main:
+        return None
+    table = sums.numpy()
+    names, classes = [each.dataset for each in documents], [each.control_class for each in documents]
+    return Evaluation(
+        score_datasets(table, strengths, names, classes),
+        contrasts(table, strengths, classes),
+        len(found) - len(documents),
+    )
+
+
+def _documents(config: Config, options: EvalOptions, world: World) -> list[HeldOutDocument]:
+    if not options.data:
+        return prepare_together(config, world).documents
+    tokenizer = load_tokenizer(config)
+    return [
+        document
+        for path, control_class in options.data
+        for document in documents_from_file(path, control_class, config, tokenizer)
+    ]
+
+
+def _scored_tokens(document: HeldOutDocument) -> int:
+    return int(document.trained[1:].sum())
+
+
+def strength_table(files: ControlAdapterFiles, layer: int, strengths: Sequence[float]) -> list[Transform]:
+    """Return the [r, r] transforms of one layer, code k for the k-th strength; strength 0 needs none.
+
+    Raises:
+        UsageError: a strength does not exist for this layer, which is named.
+    """
+    factors = files.layers[layer]
+    middle = core(factors.A.double(), factors.B.double(), files.scale)
+    return [
+        (code, None if t == 1 else strength_transform(middle, t, f"layer {layer}").float())
+        for code, t in enumerate(strengths)
+        if t != 0
+    ]
+
+
+def _pipeline(model: CausalLM, files: ControlAdapterFiles, layout: Layout, loss: ComparisonLoss, rows: int) -> Pipeline:
+    settings = ControlSettings(files.rank, files.alpha, files.site)
+    builder = StageBuilder(model, list(files.layers), settings, 0, CarrierFormat(), lambda _layer: False)
+    bounds = stage_bounds("estimated_size", layout.stages, model.layer_bytes(), builder.trainable())
+    return Pipeline(builder.builders(), bounds, layout, loss, rows, 1)
+
+
+def install(pipeline: Pipeline, files: ControlAdapterFiles, tables: dict[int, list[Transform]]) -> None:
+    """Give this stage's adapters their factors and its blocks their transforms."""
+    for adapter in adapters_of(pipeline.layers()):
+        _load(adapter, files)
+    for layer in pipeline.layers():
+        if isinstance(layer, DecoderLayer) and layer.index in tables:
+            device = next(layer.parameters()).device
+            moved = [(code, None if t is None else t.to(device)) for code, t in tables[layer.index]]
+            layer.set_transforms(moved)
+
+
+def _load(adapter: ControlAdapter, files: ControlAdapterFiles) -> None:
+    factors = files.layers[adapter.layer]
+    adapter.control_A.data.copy_(factors.A)
+    adapter.control_B.data.copy_(factors.B)
+
+
+def _by_length(documents: Sequence[HeldOutDocument], longest: int) -> dict[int, list[int]]:
+    """Group document indices by their padded length."""
+    groups: dict[int, list[int]] = {}
+    for index, document in enumerate(documents):
+        length = min(longest, -(-len(document.ids) // LENGTH_STEP) * LENGTH_STEP)
+        groups.setdefault(length, []).append(index)
+    return dict(sorted(groups.items()))
+
+
+def _share(group: list[int], layout: Layout) -> list[int]:
+    """The documents of a group that this replica scores, filled with −1 so that every replica has as many."""
+    filled = group + [-1] * (-len(group) % layout.replicas)
+    return filled[layout.replica :: layout.replicas]
+
+
+def _micro_batches(
+    documents: Sequence[HeldOutDocument], indices: Sequence[int], length: int, rows: int
+) -> Iterator[PipelineBatch]:
+    codes = torch.arange(rows, dtype=torch.int8).unsqueeze(1).expand(rows, length).contiguous()
+    no_dropout = torch.zeros(rows, dtype=torch.int64)
+    for index in indices:
+        ids, labels = np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64)
+        if index >= 0:
+            document = documents[index]
+            count = len(document.ids)
+            ids[:count] = document.ids
+            labels[: count - 1] = np.where(document.trained[1:], document.ids[1:], IGNORED_LABEL)
+        repeated = [torch.from_numpy(each).expand(rows, length).contiguous() for each in (ids, labels)]
+        yield (repeated[0], codes, no_dropout), (repeated[1], torch.tensor([index]))

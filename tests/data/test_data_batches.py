@@ -1,0 +1,177 @@
+"""Steps: each sequence once an epoch, the same ones in every layout, and micro-batches shifted by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from cadapter.classes import IGNORED_LABEL, NO_CLASS
+from cadapter.data.batches import (
+    FILLER,
+    BatchPlan,
+    MicroBatch,
+    StepBatches,
+    StepTotals,
+    epoch_order,
+    evaluation_batches,
+    micro_batch,
+)
+from cadapter.data.packing import Layout, Pieces, pack
+from cadapter.data.sequences import PackedSequences
+
+LENGTH = 8
+LAYOUTS = [(1, 1, 8), (1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (2, 4, 1)]
+"""(replicas, micro-batch size, accumulation) for steps of eight sequences."""
+
+
+def sequences(count: int, seed: int = 0) -> PackedSequences:
+    """``count`` sequences of documents of all classes, the last with padding, in several blocks."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, 30, count * (LENGTH - 1) - 3).astype(np.int32)
+    cuts = np.sort(rng.choice(np.arange(1, len(tokens)), len(tokens) // 5, replace=False))
+    starts, stops = np.r_[0, cuts], np.r_[cuts, len(tokens)]
+    pieces = Pieces(starts, stops, rng.integers(-1, 2, len(starts)).astype(np.int8), np.zeros(len(starts), np.int16))
+    whole = next(pack(pieces, tokens, Layout(LENGTH, (1,), 0, (5, 6))))
+    third = max(1, count // 3)
+    return PackedSequences(
+        [whole.select(np.arange(count)[low : low + third]) for low in range(0, count, third)], LENGTH
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64, 1000])
+@pytest.mark.parametrize("per_step", [1, 3, 8, 50])
+def test_every_sequence_comes_once_an_epoch(count: int, per_step: int) -> None:
+    plan = BatchPlan(count, per_step, epochs=3, seed=5)
+    assert plan.steps_per_epoch == -(-count // per_step)
+    assert plan.total_steps == 3 * plan.steps_per_epoch
+    for epoch in (1, 2, 3):
+        steps = [step for step in range(1, plan.total_steps + 1) if plan.epoch_of(step) == epoch]
+        taken = np.concatenate([plan.indices(step) for step in steps])
+        assert len(steps) == plan.steps_per_epoch
+        assert sorted(taken[taken != FILLER]) == list(range(count))
+        assert (taken[:count] != FILLER).all()  # fillers come last
+
+
+def test_a_plan_is_a_function_of_its_numbers() -> None:
+    plan = BatchPlan(100, 8, epochs=4, seed=1)
+    forwards = [plan.indices(step).tolist() for step in range(1, 53)]
+    again = BatchPlan(100, 8, epochs=4, max_steps=52, seed=1)
+    assert [again.indices(step).tolist() for step in range(52, 0, -1)] == forwards[::-1]
+    assert BatchPlan(100, 8, epochs=4, seed=2).indices(1).tolist() != forwards[0]
+    assert epoch_order(100, 1, 1).tolist() != epoch_order(100, 1, 2).tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_order(100, 1, 1)[0] = 5
+
+
+def test_the_order_never_changes() -> None:
+    """A resumed run must find the order it began with, whatever the versions of Python and numpy."""
+    assert epoch_order(10, 42, 1).tolist() == [8, 4, 7, 6, 3, 5, 1, 2, 9, 0]
+
+
+def test_max_steps_and_bounds() -> None:
+    plan = BatchPlan(10, 4, epochs=5, max_steps=7)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.epoch_of(7)) == (3, 7, 3)
+    for step in (0, 8):
+        with pytest.raises(IndexError, match=f"step {step} is not among the 7 steps"):
+            plan.indices(step)
+    for wrong in ({"count": 0}, {"epochs": 0}, {"max_steps": 0}, {"sequences_per_step": 0}):
+        with pytest.raises(ValueError, match="positive"):
+            BatchPlan(**{"count": 3, "sequences_per_step": 2, **wrong})
+
+
+def row_values(batch: MicroBatch, row: int) -> tuple:
+    return (int(batch.sequence_ids[row]), *(tuple(part[row].tolist()) for part in (batch.input_ids, batch.labels, batch.classes)))  # fmt: skip
+
+
+@pytest.mark.parametrize(("replicas", "size", "accumulation"), LAYOUTS)
+def test_layouts_read_the_same_sequences(replicas: int, size: int, accumulation: int) -> None:
+    packed = sequences(19)
+    batches = StepBatches(packed, BatchPlan(19, 8, epochs=2, seed=3))
+    for step in range(1, 7):
+        read = Counter()
+        for replica in range(replicas):
+            micro_batches = batches.micro_batches(step, replica, replicas, size, accumulation)
+            assert len(micro_batches) == accumulation
+            for number, batch in enumerate(micro_batches):
+                first = (number * replicas + replica) * size
+                assert batch.sequence_ids.tolist() == batches.plan.indices(step)[first : first + size].tolist()
+                read.update(row_values(batch, row) for row in range(size))
+        alone = batches.micro_batches(step, 0, 1, 8, 1)[0]
+        assert read == Counter(row_values(alone, row) for row in range(8))
+
+
+def test_micro_batches_are_shifted() -> None:
+    """Against a reference that goes position by position."""
+    packed = sequences(6)
+    batch = micro_batch(packed, np.array([5, FILLER, 0]))
+    for row, index in ((0, 5), (2, 0)):
+        ids, classes, trained = (part[0].tolist() for part in packed.rows([index]))
+        length = int(packed.tokens[index])
+        for t in range(LENGTH):
+            assert batch.input_ids[row, t] == ids[t]
+            predicts = t + 1 < length
+            assert batch.classes[row, t] == (classes[t + 1] if predicts else NO_CLASS)
+            with_loss = predicts and trained[t + 1] and classes[t + 1] != 0
+            assert batch.labels[row, t] == (ids[t + 1] if with_loss else IGNORED_LABEL)
+    assert (batch.labels[1] == IGNORED_LABEL).all()
+    assert (batch.classes[1] == NO_CLASS).all()
+    assert (batch.input_ids[1] == 0).all()
+    assert batch.sequence_ids.tolist() == [5, FILLER, 0]
+    assert [part.dtype for part in (batch.input_ids, batch.labels, batch.classes, batch.sequence_ids)] == [
+        torch.int64, torch.int64, torch.int8, torch.int64,
+    ]  # fmt: skip
+
+
+def totals_by_hand(batches: list[MicroBatch], packed: PackedSequences) -> StepTotals:
+    """Counted in the tensors themselves."""
+    counts = Counter()
+    for batch in batches:
+        with_loss = batch.labels != IGNORED_LABEL
+        for class_ in (1, -1):
+            counts[class_] += int((with_loss & (batch.classes == class_)).sum())
+        counts[0] += int((batch.classes == 0).sum())
+        counts["tokens"] += sum(int(packed.tokens[index]) for index in batch.sequence_ids if index != FILLER)
+    return StepTotals(counts[1], counts[-1], counts[0], counts["tokens"])
+
+
+def test_totals_are_those_of_the_tensors() -> None:
+    packed = sequences(19)
+    batches = StepBatches(packed, BatchPlan(19, 8, seed=3))
+    for step in (1, 2, 3):
+        by_hand = totals_by_hand(batches.micro_batches(step, 0, 1, 2, 4), packed)
+        assert batches.totals(step) == by_hand
+        assert by_hand.trained == by_hand.positive + by_hand.negative > 0
+    assert sum(batches.totals(step).neutral for step in (1, 2, 3)) == packed.trained[2] > 0
+
+
+@pytest.mark.parametrize(("replicas", "size", "accumulation"), LAYOUTS)
+@pytest.mark.parametrize("count", [1, 8, 19])
+def test_an_evaluation_reads_every_sequence_once(count: int, replicas: int, size: int, accumulation: int) -> None:
+    packed = sequences(count)
+    parts = [evaluation_batches(packed, replica, replicas, size, accumulation) for replica in range(replicas)]
+    assert {len(part) for part in parts} == {-(-count // 8)}
+    read = [batch.sequence_ids for part in parts for step in part for batch in step]
+    indices = torch.cat(read)
+    assert sorted(indices[indices != FILLER].tolist()) == list(range(count))
+    assert len(indices) == 8 * len(parts[0])
+    for number in range(len(parts[0])):
+        assert parts[0].totals(number) == totals_by_hand([batch for part in parts for batch in part[number]], packed)
+    with pytest.raises(IndexError):
+        parts[0][len(parts[0])]
+
+
+def test_a_layout_that_does_not_fit() -> None:
+    batches = StepBatches(sequences(19), BatchPlan(19, 8))
+    with pytest.raises(ValueError, match="2 replicas × 3 micro-batches of 1 do not hold 8 sequences"):
+        batches.micro_batches(1, 0, 2, 1, 3)
+    with pytest.raises(ValueError, match="no replica 2 of 2"):
+        batches.micro_batches(1, 2, 2, 4, 1)
+
+
+def test_rows_out_of_range() -> None:
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match="0 to 5"):
+            sequences(6).rows([0, index])
