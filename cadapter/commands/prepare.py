@@ -21,22 +21,21 @@ def command(
             "--show",
             metavar="N",
             min=0,
+            show_default=False,
             help="Print N packed sequences, spread over all of them, with classes and untrained tokens made visible.",
-            rich_help_panel="Options",
         ),
     ] = 0,
-    set_: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a key of the config; may be given several times.",
+            help="Override a key of the config; can be given repeatedly.",
             show_default=False,
-            rich_help_panel="Options",
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Build the cache anew.", rich_help_panel="Less often needed")
+        bool, typer.Option("--force", help="Build the cache anew.", rich_help_panel="Rarely needed")
     ] = False,
 ) -> None:
     """Read, tokenise, pack and cache every dataset of a config, and print what became of it.
@@ -44,21 +43,22 @@ def command(
     `cadapter train` does the same when it starts; prepared data is read from the cache at once, until a file, the
     tokenizer or an option that matters changes.
     """
+    import shlex
+
     from cadapter.config import load_config
     from cadapter.data import prepare_data
     from cadapter.data.showing import show_sequences
     from cadapter.terminal import note
 
-    overrides = set_ or []
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides or [])
     data = prepare_data(settings, force=force)
     _print_table(data, settings.mix_datasets)
     if show:
         show_sequences(data, show)
     for directory in dict.fromkeys(directory.parent for directory in data.directories):
         note(f"Cache: {directory}")
-    options = "".join(f" --set '{override}'" for override in overrides)
-    note(f"Next: cadapter train {config}{options}")
+    options = [part for override in overrides or [] for part in ("--set", override)]
+    note(f"Next: {shlex.join(['cadapter', 'train', str(config), *options])}")
 
 
 def _print_table(data: PreparedData, mixed: bool) -> None:

@@ -105,7 +105,7 @@ def write_lora(directory: Path, config: Mapping[str, Any], pairs: Mapping[str, L
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A float32 copy with memory of its own: safetensors refuses tensors that share theirs, as writers share A and B."""
+    """A float32 copy with memory of its own: writers share A and B, and safetensors refuses tensors that share."""
     return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 

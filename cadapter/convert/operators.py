@@ -140,8 +140,9 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dia
     writers = writers or ("mlp" if adapter.site == "mlp" else "all")
     parallel = False
     if base is not None:
+        parallel = family_of(base.config.model_type).parallel
         validate_against(adapter, base.config.hidden_size, base.config.num_hidden_layers)
-        facts, parallel = describe_layers(base, adapter.layers), family_of(base.config.model_type).parallel
+        facts = describe_layers(base, adapter.layers)
     elif adapter.facts:
         facts = adapter.facts
         if adapter.base_model_type in FAMILIES:

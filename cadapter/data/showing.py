@@ -49,10 +49,7 @@ def render(data: PreparedData, index: int) -> Text:
     starts = data.train.document_starts([index])[0, :tokens]
     trained = trained | (classes == NEUTRAL)
     trained[0] = False  # the first token of a sequence is never predicted
-    fast = data.tokenizer.fast
-    special = np.isin(
-        ids, [*fast.all_special_ids, *(id_ for id_, token in fast.added_tokens_decoder.items() if token.special)]
-    )
+    special = np.isin(ids, data.tokenizer.special_ids)
 
     kind = np.stack([classes, trained, special], axis=1)
     begins = np.flatnonzero(np.r_[True, (kind[1:] != kind[:-1]).any(axis=1) | starts[1:]])
@@ -61,14 +58,10 @@ def render(data: PreparedData, index: int) -> Text:
     for begin, end in zip(begins, [*begins[1:], tokens], strict=True):
         class_ = int(classes[begin])
         if class_ != NO_CLASS and (starts[begin] or class_ != current):
-            text.append(
-                ("\n" if text else "") + _LABELS[class_] + ("" if starts[begin] else "…") + " ",
-                _COLOURS[class_] + " bold",
-            )
+            mark = _LABELS[class_] + (" " if starts[begin] else "… ")
+            text.append(f"\n{mark}" if text else mark, f"bold {_COLOURS[class_]}")
             current = class_
-        decoded = fast.decode(ids[begin:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        style = "bold " if special[begin] else ""
-        style += _COLOURS[class_] if trained[begin] else "dim"
-        shown = decoded.translate(_CONTROL_CHARACTERS)
-        text.append(shown if trained[begin] else f"‹{shown}›", style.strip())
+        shown = data.tokenizer.decode(ids[begin:end]).translate(_CONTROL_CHARACTERS)
+        style = _COLOURS[class_] if trained[begin] else "dim"
+        text.append(shown if trained[begin] else f"‹{shown}›", f"bold {style}" if special[begin] else style)
     return text

@@ -101,10 +101,20 @@ class Tokenizer:
         tokenizer.backend_tokenizer.no_padding()
         return tokenizer
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of all special tokens, those without a role of their own too."""
+        added = self.fast.added_tokens_decoder
+        return tuple(sorted({*self.fast.all_special_ids, *(id_ for id_, token in added.items() if token.special)}))
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids [n] int32 of every text; nothing is inserted. Runs on all of tokenizers' threads."""
         encodings = self.fast.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of ``ids`` [n], special tokens spelled out."""
+        return self.fast.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def framing(self, config: Any) -> Framing:
         """Return ``config``'s prefixes, suffix and masked tokens as ids.
@@ -147,6 +157,5 @@ class Tokenizer:
 
     def _masked(self, value: Any) -> tuple[int, ...]:
         if value is True:
-            added = self.fast.added_tokens_decoder
-            return tuple(sorted({*self.fast.all_special_ids, *(id_ for id_, token in added.items() if token.special)}))
+            return self.special_ids
         return self._ids("mask_tokens", None if value is False else value, None)

@@ -7,10 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cadapter.config import Config, config_warnings
 from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
-from cadapter.training.distributed import World, join_world, leave_world, on_main
+from cadapter.training.distributed import World, join_world, leave_world, on_main, sum_over_world
 from cadapter.training.report import Reporter
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
@@ -77,6 +79,7 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
         if world.is_main:
             reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
         Trainer(run, reporter, signals).train()
+    show_peak_memory(world)
     if world.is_main:
         _show_end(run.position.seconds, run.position.tokens, directory, plan)
 
@@ -115,6 +118,17 @@ def show_plan(plan: Plan) -> None:
         f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
         f"{steps.total_steps:,} steps in all."
     )
+
+
+def show_peak_memory(world: World) -> None:
+    """Print the largest peak of GPU memory among the processes; nothing on CPU."""
+    if world.device.type != "cuda":
+        return
+    peaks = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / GIB
+    highest = sum_over_world(peaks).max().item()
+    if world.is_main:
+        note(f"Peak GPU memory: {highest:.1f} GiB.")
 
 
 def _layer_name(index: int, count: int) -> str:

@@ -165,8 +165,8 @@ def test_a_bfloat16_base_is_rounded_once(model_directory, make_adapter, tmp_path
         assert tensor.dtype == torch.bfloat16
         unequal += (tensor != once).sum().item()
         total += tensor.numel()
-        # never further than float32's error (1e-6) plus half a step of bfloat16 (2^-9 of the value)
-        assert ((tensor.double() - expected[name]).abs() <= expected[name].abs() * 2**-8 * 0.5 * 1.001 + 1e-6).all()
+        # never further than float32's error (1e-6) plus half a step of bfloat16 (at most 2^-8 of the value)
+        assert ((tensor.double() - expected[name]).abs() <= expected[name].abs() * 2**-8 + 1e-6).all()
     assert unequal / total < 1e-3  # float32's error crosses a rounding boundary of bfloat16 that rarely
 
 
@@ -377,7 +377,7 @@ def test_a_tied_head_is_refused(model_directory, tmp_path):
 def test_a_lora_with_a_copy_of_the_base_is_refused(model_directory, tmp_path):
     base = model_directory("llama")
     lora = peft_lora(base, tmp_path / "lora", target_modules=["lm_head"], copy_of_head=True)
-    with pytest.raises(UsageError, match="lm_head.base_layer.weight"):
+    with pytest.raises(UsageError, match=r"lm_head\.base_layer\.weight"):
         merge(base, lora, tmp_path / "merged")
 
 

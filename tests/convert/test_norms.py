@@ -1,0 +1,62 @@
+"""What inspect-norms says in words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cadapter.adapters.directory import LowRank, read_control_adapter
+from cadapter.convert.norms import measure, verdict
+from tests.reference import naive
+
+
+def words(adapter) -> str:
+    return "\n".join(verdict(adapter, measure(adapter)))
+
+
+def test_measured_norms_are_those_of_the_full_matrix(model_directory, make_adapter):
+    adapter = read_control_adapter(make_adapter(model_directory("llama")))
+    measured = measure(adapter)
+    assert list(measured) == [0, 1, 2]
+    for layer, factors in adapter.layers.items():
+        expected = naive.norms(naive.full_matrix(factors.A, factors.B, adapter.scale))
+        for name, value in expected.items():
+            assert getattr(measured[layer], name) == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("spectral", "inverse", "message"),
+    [
+        (0.1, "exact", "Healthy: σ_min"),
+        (0.1, "neumann", "Healthy: ‖W‖_F is within the guideline 0.25·√r = 0.5"),
+        (0.5, "neumann", "Warning: ‖W‖_F exceeds the guideline"),
+        (0.0, "exact", "does nothing"),
+        (0.0, "neumann", "does nothing"),
+    ],
+)
+def test_verdicts(spectral, inverse, message, model_directory, make_adapter):
+    adapter = make_adapter(model_directory("llama"), spectral=spectral, inverse=inverse)
+    assert message in words(read_control_adapter(adapter))
+
+
+def rank_one(coefficient: float) -> LowRank:
+    """Factors of ``coefficient·u·uᵀ``, embedded in rank 4 with scale ½."""
+    A, B = torch.zeros(4, 32), torch.zeros(32, 4)
+    A[0, 5], B[5, 0] = 1.0, 2 * coefficient
+    return LowRank(A, B)
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "inverse", "message"),
+    [
+        (-0.95, "exact", "Warning: σ_min(I + W) is at least 0.05 (layer 1), so the inverse magnifies up to 20×"),
+        (-1.0, "exact", "I + W of layer 1 is singular"),
+        (-1.0, "neumann", "diverges in layers 1 "),
+        (-2.0, "neumann", "diverges in layers 1 "),
+        (0.0, "exact", "W = 0 in layers 1"),
+    ],
+)
+def test_verdicts_on_one_bad_layer(coefficient, inverse, message, model_directory, make_adapter):
+    adapter = read_control_adapter(make_adapter(model_directory("llama"), spectral=0.05, inverse=inverse))
+    adapter.layers[1] = rank_one(coefficient)
+    assert message in words(adapter)
