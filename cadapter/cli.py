@@ -15,7 +15,17 @@ import typer
 from cadapter import __version__, terminal
 from cadapter.errors import CadapterError, Stopped
 
-COMMANDS = ("train", "eval", "inspect-norms", "to-mult-lora", "to-add-lora", "merge", "schema")
+COMMANDS = (
+    "prepare",
+    "train",
+    "eval",
+    "generate",
+    "inspect-norms",
+    "to-mult-lora",
+    "to-add-lora",
+    "merge",
+    "schema",
+)
 """The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with
 ``EXAMPLES`` beside it: the command lines that its help ends with."""
 

@@ -152,6 +152,15 @@ class ControlledBlock(nn.Module):
         attention.register_forward_hook(self._after_attention)
         mlp.register_forward_hook(self._after_mlp)
 
+    def __getattr__(self, name: str) -> Any:
+        """Give what only the block has, such as the ``attention_type`` that some models read from their layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "block":  # while the module is being made, or unpickled
+                raise
+            return getattr(super().__getattr__("block"), name)
+
     @property
     def applications(self) -> int:
         """How often the adapter acts in one pass through the block."""
@@ -160,7 +169,7 @@ class ControlledBlock(nn.Module):
     def fix(self, transforms: Sequence[Transform], codes: Tensor | None = None) -> None:
         """Apply ``transforms`` from now on when the block is called without codes, as generation does.
 
-        ``codes`` broadcasts to [batch, tokens]; by default every position has code +1.
+        ``codes`` broadcasts to [batch, tokens]; by default every position has code +1. No transforms: the bare block.
         """
         self.fixed = (codes, transforms)
 
@@ -169,6 +178,8 @@ class ControlledBlock(nn.Module):
         if self.fixed is None:
             raise CadapterError(f"The adapter of layer {self.adapter.layer} was called before its strength was set.")
         codes, transforms = self.fixed
+        if not transforms:  # the base, bit for bit
+            return self.block(hidden, *args, **kwargs)
         if codes is None:
             codes = torch.full((1, 1), POSITIVE, dtype=torch.int8, device=hidden.device)
         return self.controlled(hidden, codes, transforms, args=args, kwargs=kwargs)[0]

@@ -68,13 +68,15 @@ def command(
         raise typer.Exit(code)
 
     from cadapter.files import write_json
-    from cadapter.terminal import note
+    from cadapter.terminal import note, warn
     from cadapter.training.evaluation import EvalOptions, evaluate
 
     result = evaluate(settings, EvalOptions(directory, tuple(strength or (1.0, -1.0)), texts))
     if result is None:
         return
     note(f"Adapter: {directory}")
+    if result.note:
+        warn(result.note)
     _show(result)
     if json_file:
         records = [score.to_json() for score in result.scores] + [pair.to_json() for pair in result.contrasts]

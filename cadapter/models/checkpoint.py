@@ -79,11 +79,14 @@ def load_model_config(directory: Path) -> Any:
     """
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory} is not a model directory: it has no config.json.")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except StrictDataclassError as error:  # a value of a wrong type, or values that contradict one another
+        raise UsageError(f"{directory / 'config.json'} cannot be used: {error.__cause__ or error}") from error
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{directory / 'config.json'} cannot be used: {first}") from error
 

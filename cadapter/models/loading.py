@@ -52,10 +52,16 @@ class CausalLM:
         self.dtype = dtype
         self.device = torch.device(device)
         # Buffers such as the rotary frequencies are in no checkpoint: they are computed here, on the CPU.
-        with init_empty_weights(include_buffers=False):
-            self._skeleton = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                self._skeleton = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+                )
+        except (ValueError, KeyError, TypeError, ImportError) as error:  # a wrong name, a package that is not there
+            reason = f"{type(error).__name__}: {error}"
+            raise UsageError(
+                f"{directory / 'config.json'}: no model can be built with {attention} attention.\n{reason}"
+            ) from error
         self.rotary: nn.Module = self._skeleton.model.rotary_emb.to(self.device)
 
     @property
@@ -70,8 +76,8 @@ class CausalLM:
 
     @property
     def tied(self) -> bool:
-        """Whether the head's weight is the embedding's."""
-        return bool(self.config.tie_word_embeddings) or HEAD not in self.checkpoint
+        """Whether the head's weight is the embedding's: where the config says so and the files hold no other."""
+        return bool(self.config.tie_word_embeddings) and HEAD not in self.checkpoint
 
     def layer_bytes(self) -> list[int]:
         """Bytes of weights of each pipeline layer: embedding, blocks, final norm with head."""

@@ -69,8 +69,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
-        scale = output_gradients[0].to(gradient.dtype)
-        return gradient * scale, None, None, None
+        # In float32: a factor rounded to bfloat16 would be up to 0.4 % off, for every token alike.
+        scaled = (gradient.float() * output_gradients[0]).to(gradient.dtype)
+        return scaled, None, None, None
 
 
 def weighted_cross_entropy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import platform
 from dataclasses import dataclass
@@ -51,13 +53,14 @@ class Plan:
 
 
 def prepare_together(config: Config, world: World) -> PreparedData:
-    """Build the data caches on rank 0 while the others wait, then open them on every process."""
-    on_main(lambda: _prepare(config), world)
-    return prepare_data(config)
-
-
-def _prepare(config: Config) -> None:
-    prepare_data(config)
+    """Build the data caches on rank 0 while the others wait, then open them there too, without a word."""
+    found: list[PreparedData] = []
+    on_main(lambda: found.append(prepare_data(config)), world)
+    if not found:
+        silent = io.StringIO()
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            found.append(prepare_data(config))
+    return found[0]
 
 
 def plan_run(config: Config, world: World) -> Plan:
@@ -70,7 +73,6 @@ def plan_run(config: Config, world: World) -> Plan:
     attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
     model = CausalLM(resolve_model(config.model_dir), DTYPES[config.dtype], world.device, attention)
     adapted = parse_layers(config.layers_to_transform, model.layer_count)
-    data = prepare_together(config, world)
     neutral = config.control_class0_lambda * config.class_weights.neutral > 0
     has_neutral = any(dataset.control_class == NEUTRAL for dataset in config.datasets)
     builder = StageBuilder(
@@ -82,6 +84,7 @@ def plan_run(config: Config, world: World) -> Plan:
         lambda layer: recomputed(config.activation_checkpointing, layer),
     )
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), builder.trainable())
+    data = prepare_together(config, world)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
     return Plan(config, layout, data, model, adapted, builder, bounds, steps)
@@ -169,9 +172,9 @@ def _evaluation(plan: Plan) -> EvaluationBatches | None:
     return evaluation_batches(data.evaluation, layout.replica, layout.replicas, config.micro_batch_size, accumulation)
 
 
-def record_run(plan: Plan, directory: RunDirectory, source: Path, facts: dict[str, Any]) -> None:
+def record_run(plan: Plan, directory: RunDirectory, config_text: str, facts: dict[str, Any]) -> None:
     """Write the config as given, and everything as used, into the run's directory."""
-    write_text(directory.path / "config.toml", source.read_text("utf-8"))
+    write_text(directory.path / "config.toml", config_text)
     versions = {name: version(name) for name in RECORDED_VERSIONS}
     resolved = {
         "config": json.loads(plan.config.model_dump_json()),

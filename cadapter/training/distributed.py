@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,20 +15,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cadapter.errors import CadapterError, UsageError
+from cadapter.errors import CadapterError, Stopped, UsageError
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others; a node that builds a cache alone makes the others wait."""
 
+FAILED, HEARD = "cadapter/failed", "cadapter/heard"
+"""Keys of the store: the rank that tells of a failure with the exit code, and how many ranks know of it."""
+HEAD_START, PATIENCE = timedelta(seconds=2), timedelta(seconds=5)
+"""How long other ranks let rank 0 tell of what all of them met, and how long rank 0 waits for them at the end."""
+
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this run and this process among them."""
+    """The processes of this run and this process among them; the ``store`` is what they find each other through."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -54,20 +63,65 @@ def join_world() -> World:
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
-    if size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    else:
+    store: dist.Store = dist.HashStore()
+    if size > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UsageError(f"WORLD_SIZE = {size}, but {' and '.join(missing)} is not set in the environment.")
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, size, local_rank, device)
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return World(rank, size, local_rank, device, store)
 
 
 def leave_world() -> None:
     """Leave the job, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """Be part of the job for as long as the block runs.
+
+    When processes fail, together or because one of them did, one of them tells: it raises its error. The others end
+    with :class:`SystemExit` and the same exit code, and print nothing.
+    """
+    world = join_world()
+    try:
+        yield world
+    except BaseException as error:
+        leave_world()  # those who wait for this process go on, and fail
+        if world.size == 1:
+            raise
+        code = _another_tells(error, world)
+        if code is not None:
+            raise SystemExit(code) from None
+        if not isinstance(error, Stopped):
+            print(f"From rank {world.rank} of {world.size}:", file=sys.stderr, flush=True)
+        raise
+    finally:
+        leave_world()
+
+
+def _another_tells(error: BaseException, world: World) -> int | None:
+    """Return None if this process is the one to tell of ``error``, else the exit code of the one that does."""
+    interrupted = 130 if isinstance(error, KeyboardInterrupt) else 1
+    own_code = error.exit_code if isinstance(error, CadapterError) else interrupted
+    claim = f"{world.rank} {own_code}"
+    try:
+        if not world.is_main:
+            with contextlib.suppress(dist.DistStoreError):
+                world.store.wait([FAILED], HEAD_START)
+        first = world.store.compare_set(FAILED, "", claim).decode()
+        heard = world.store.add(HEARD, 1)
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        # Rank 0 often holds the store, which the others still have to ask.
+        while world.is_main and heard < world.size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            heard = world.store.add(HEARD, 0)
+    except RuntimeError:
+        return own_code  # the store is gone, and rank 0 with it
+    return None if first == claim else int(first.split()[1])
 
 
 def sum_over_world(values: Tensor) -> Tensor:

@@ -35,6 +35,10 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 deepspeed_logger.setLevel(logging.ERROR)
 
+# On the CPU DeepSpeed (0.19.8) compiles an all-reduce of its own when it is first used: a minute, and a compiler is
+# needed. The process group's does.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 OLDEST_DEEPSPEED = (0, 19, 3)
 """Before 0.19.3 gradients under accumulation are scaled differently, by version and stage (DeepSpeed #7773, #8152)."""
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cadapter.adapters.control import ControlAdapter, ControlSettings, Transform
+from cadapter.adapters.control import ControlSettings, Transform
 from cadapter.adapters.directory import ControlAdapterFiles, read_control_adapter, validate_against
-from cadapter.algebra import core, strength_transform
+from cadapter.adapters.strengths import load_factors, neumann_note, strength_table
 from cadapter.classes import IGNORED_LABEL
 from cadapter.config import Config
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
@@ -24,7 +24,7 @@ from cadapter.models.checkpoint import resolve_model
 from cadapter.models.layers import CarrierFormat, DecoderLayer
 from cadapter.models.loading import DTYPES, CausalLM
 from cadapter.training.build import prepare_together
-from cadapter.training.distributed import World, join_world, leave_world, sum_over_world
+from cadapter.training.distributed import World, joined_world, sum_over_world
 from cadapter.training.engine import Pipeline, PipelineBatch
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import ComparisonLoss
@@ -46,11 +46,12 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``eval`` found."""
+    """What ``eval`` found; ``note`` is what the user must hear of the adapter's inverse, if anything."""
 
     scores: list[Score]
     contrasts: list[Contrast]
     skipped: int
+    note: str | None
 
 
 def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
@@ -59,11 +60,8 @@ def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
     Raises:
         UsageError: adapter, model and data do not go together, or there is nothing to score.
     """
-    world = join_world()
-    try:
+    with joined_world() as world:
         return _evaluate(config, options, world)
-    finally:
-        leave_world()
 
 
 def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation | None:
@@ -100,6 +98,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
         score_datasets(table, strengths, names, classes),
         contrasts(table, strengths, classes),
         len(found) - len(documents),
+        neumann_note(files, strengths),
     )
 
 
@@ -118,21 +117,6 @@ def _scored_tokens(document: HeldOutDocument) -> int:
     return int(document.trained[1:].sum())
 
 
-def strength_table(files: ControlAdapterFiles, layer: int, strengths: Sequence[float]) -> list[Transform]:
-    """Return the [r, r] transforms of one layer, code k for the k-th strength; strength 0 needs none.
-
-    Raises:
-        UsageError: a strength does not exist for this layer, which is named.
-    """
-    factors = files.layers[layer]
-    middle = core(factors.A.double(), factors.B.double(), files.scale)
-    return [
-        (code, None if t == 1 else strength_transform(middle, t, f"layer {layer}").float())
-        for code, t in enumerate(strengths)
-        if t != 0
-    ]
-
-
 def _pipeline(model: CausalLM, files: ControlAdapterFiles, layout: Layout, loss: ComparisonLoss, rows: int) -> Pipeline:
     settings = ControlSettings(files.rank, files.alpha, files.site)
     builder = StageBuilder(model, list(files.layers), settings, 0, CarrierFormat(), lambda _layer: False)
@@ -143,18 +127,12 @@ def _pipeline(model: CausalLM, files: ControlAdapterFiles, layout: Layout, loss:
 def install(pipeline: Pipeline, files: ControlAdapterFiles, tables: dict[int, list[Transform]]) -> None:
     """Give this stage's adapters their factors and its blocks their transforms."""
     for adapter in adapters_of(pipeline.layers()):
-        _load(adapter, files)
+        load_factors(adapter, files)
     for layer in pipeline.layers():
         if isinstance(layer, DecoderLayer) and layer.index in tables:
             device = next(layer.parameters()).device
             moved = [(code, None if t is None else t.to(device)) for code, t in tables[layer.index]]
             layer.set_transforms(moved)
-
-
-def _load(adapter: ControlAdapter, files: ControlAdapterFiles) -> None:
-    factors = files.layers[adapter.layer]
-    adapter.control_A.data.copy_(factors.A)
-    adapter.control_B.data.copy_(factors.B)
 
 
 def _by_length(documents: Sequence[HeldOutDocument], longest: int) -> dict[int, list[int]]:

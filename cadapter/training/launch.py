@@ -2,12 +2,15 @@
 
 The launcher starts one process for each GPU (or, without GPUs, as many as asked for) with RANK, WORLD_SIZE and
 LOCAL_RANK set; these join the job instead of starting another. The parent stays, passes signals on to the
-processes that work, and ends with their exit code.
+processes that work, and ends with their exit code. On one machine it calls the launcher's part that starts
+processes (``deepspeed.launcher.launch``); the part that looks for machines comes before it where there are several.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -19,10 +22,12 @@ from types import FrameType
 from typing import Any
 
 from cadapter.config import check_layout
-from cadapter.errors import UsageError
+from cadapter.errors import CadapterError, UsageError
 from cadapter.training.signals import REQUESTS
 
 MODULE = "cadapter"
+SMALLEST_NEGATIVE_CODE = 256 - 65
+"""The launcher ends with −N when a process was killed by signal N, which becomes 256 − N."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +83,44 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _devices(processes: int) -> list[str]:
+    """The GPUs of so many processes, named as CUDA_VISIBLE_DEVICES names them; "-1" is none."""
+    if not visible_gpus():
+        return ["-1"] * processes
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = chosen.split(",") if chosen else [str(number) for number in range(processes)]
+    return [name.strip() for name in names[:processes]]
+
+
 def launcher_command(options: LaunchOptions, processes: int, arguments: Sequence[str]) -> list[str]:
-    """Return the command that starts ``cadapter ARGUMENTS`` under DeepSpeed's launcher."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--no_local_rank"]
-    command += ["--log_level", "error"]
-    port = options.master_port
-    if port is None and not options.several_nodes:
-        port = _free_port()
-    named = {
-        "--num_nodes": options.num_nodes,
-        "--hostfile": options.hostfile,
-        "--master_addr": options.master_addr,
-        "--master_port": port,
-        "--node_rank": options.node_rank,
-        "--launcher": options.launcher,
-    }
+    """Return the command that starts ``cadapter ARGUMENTS`` under DeepSpeed's launcher.
+
+    ``processes`` counts those of this machine. With several machines the launcher takes its numbers from the
+    hostfile, unless --num-gpus is given.
+    """
+    part = "runner" if options.several_nodes else "launch"
+    command = [sys.executable, "-m", f"deepspeed.launcher.{part}", "--no_local_rank", "--log_level", "critical"]
+    if options.several_nodes:
+        named = {
+            "--num_gpus": options.num_gpus,
+            "--num_nodes": options.num_nodes,
+            "--hostfile": options.hostfile,
+            "--master_addr": options.master_addr,
+            "--master_port": options.master_port,
+            "--node_rank": options.node_rank,
+            "--launcher": options.launcher,
+        }
+        command += ["--no_ssh"] * options.no_ssh
+    else:
+        machine = json.dumps({"localhost": _devices(processes)})
+        named = {
+            "--world_info": base64.urlsafe_b64encode(machine.encode()).decode(),
+            "--master_addr": options.master_addr or "127.0.0.1",
+            "--master_port": options.master_port or _free_port(),
+        }
     for name, value in named.items():
         if value is not None:
-            command += [name, str(value)]
-    if options.no_ssh:
-        command.append("--no_ssh")
+            command.append(f"{name}={value}")
     return [*command, "--module", MODULE, *arguments]
 
 
@@ -120,6 +143,9 @@ def run_under_launcher(options: LaunchOptions, processes: int, arguments: Sequen
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to the processes that work. When those have saved and stopped for a
     signal, the exit code is 128 + signal.
+
+    Raises:
+        CadapterError: a process was killed and could not say so itself.
     """
     received: list[int] = []
     # A session of its own: Ctrl-C reaches the workers through us alone, not the launcher, which would kill them.
@@ -145,11 +171,15 @@ def run_under_launcher(options: LaunchOptions, processes: int, arguments: Sequen
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for left in _workers(job.pid):
-            left.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)  # whatever of the job is left
     if code and received:
         return 128 + received[-1]
-    return code if code >= 0 else 128 - code
+    killed_by = -code if code < 0 else 256 - code if code > SMALLEST_NEGATIVE_CODE else 0
+    if killed_by:
+        hint = "\nPerhaps the machine ran out of memory." if killed_by == signal.SIGKILL else ""
+        raise CadapterError(f"A process was killed by signal {killed_by} ({signal.strsignal(killed_by)}).{hint}")
+    return code
 
 
 def relaunched(options: LaunchOptions, stages: int, arguments: Sequence[str]) -> int | None:
@@ -160,6 +190,8 @@ def relaunched(options: LaunchOptions, stages: int, arguments: Sequence[str]) ->
     Raises:
         UsageError: the processes cannot be laid out in ``stages`` stages.
     """
+    # Until a trainer listens, a request to save kills nobody; the processes started here inherit that.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if inside_a_job():
         return None
     processes = processes_to_start(options)

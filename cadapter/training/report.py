@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from cadapter.files import write_text
 from cadapter.terminal import console
 
 PLAIN_SECONDS = 10.0
@@ -29,7 +30,7 @@ def trim_metrics(path: Path, last_step: int) -> None:
             break  # a line that a kill cut short; nothing valid follows it
         if record.get("step", 0) <= last_step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def duration(seconds: float) -> str:
@@ -88,7 +89,7 @@ class Reporter:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _write(self, step: int, epoch: int, tokens: int, seconds: float, values: dict[str, float]) -> None:
-        finite = {name: value for name, value in values.items() if not math.isnan(value)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         record = {"step": step, "epoch": epoch, "tokens": tokens, "seconds": round(seconds, 3), **finite}
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()

@@ -12,7 +12,7 @@ import torch
 from cadapter.config import Config, config_warnings
 from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
-from cadapter.training.distributed import World, join_world, leave_world, on_main, sum_over_world
+from cadapter.training.distributed import World, from_main, joined_world, on_main, sum_over_world
 from cadapter.training.report import Reporter
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
@@ -40,18 +40,17 @@ def train(config: Config, source: Path, options: TrainOptions) -> None:
         UsageError: something does not go together; nothing was written.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    world = join_world()
-    try:
+    with joined_world() as world:
         _train(config, source, options, world)
-    finally:
-        leave_world()
 
 
 def _train(config: Config, source: Path, options: TrainOptions, world: World) -> None:
+    signals = StopSignals()
+    config_text = source.read_text("utf-8")
     directory = RunDirectory(Path(config.output_dir))
-    resume_from, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
+    resume_from = _checkpoint_to_resume(directory, options, world)
     if world.is_main:
-        for text in [*remarks, *config_warnings(config)]:
+        for text in config_warnings(config):
             warn(text)
     plan = plan_run(config, world)
     if world.is_main:
@@ -62,7 +61,6 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
         return
     if options.resume and world.is_main:
         note(f"Resuming from {resume_from}." if resume_from else "No checkpoint to resume from: starting afresh.")
-    signals = StopSignals()
     started = time.monotonic()
     run = build_run(plan, world, directory, resume_from)
     if world.is_main:
@@ -71,17 +69,33 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
 
     def start() -> None:
         directory.start(fresh=resume_from is None)
-        record_run(plan, directory, source, run_facts(plan))
+        record_run(plan, directory, config_text, run_facts(plan))
 
     on_main(start, world)
     with contextlib.ExitStack() as stack:
         reporter = None
         if world.is_main:
             reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
+        signals.from_now_on_save()
         Trainer(run, reporter, signals).train()
     show_peak_memory(world)
     if world.is_main:
         _show_end(run.position.seconds, run.position.tokens, directory, plan)
+
+
+def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world: World) -> Path | None:
+    """Look for the checkpoint on rank 0, whose directory is the one that counts, and tell everyone."""
+    found = [""]
+
+    def look() -> None:
+        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
+        for remark in remarks:
+            warn(remark)
+        found[0] = str(checkpoint or "")
+
+    on_main(look, world)
+    name = from_main(found[0], world)
+    return Path(name) if name else None
 
 
 def show_plan(plan: Plan) -> None:

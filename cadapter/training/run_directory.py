@@ -33,12 +33,19 @@ class RunDirectory:
         """Return the newest valid checkpoint if this is a resume, with remarks about damaged ones.
 
         Raises:
-            UsageError: the directory holds a run and neither ``resume`` nor ``force`` is given, or it is a file.
+            UsageError: the directory holds a run and neither ``resume`` nor ``force`` is given, or all of its
+                checkpoints are damaged and ``force`` is not given, or it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output_dir = {self.path} is a file.")
         if resume:
-            return newest_checkpoint(self.checkpoints)
+            checkpoint, remarks = newest_checkpoint(self.checkpoints)
+            if checkpoint is None and remarks and not force:
+                raise UsageError(
+                    "No checkpoint can be resumed from:\n" + "\n".join(f"  {remark}" for remark in remarks) + "\n"
+                    "Start the run again with --force, which replaces it."
+                )
+            return checkpoint, remarks
         if self.parts() and not force:
             raise UsageError(
                 f"{self.path} holds a run already.\n"

@@ -142,16 +142,16 @@ class Trainer:
         run = self.run
         squares = squared_gradient_norm(run.optimiser.parameters.values(), run.world.device)
         hours = (time.monotonic() - self._last_checkpoint) / 3600
+        save_asked, self.signals.save = self.signals.save, False
         due = run.world.is_main and hours >= run.config.checkpoint_interval_hours
         # Gradients are equal on all replicas after their reduction, so one replica's count.
         flags = torch.tensor(
-            [self.signals.stop == SIGTERM, self.signals.stop == SIGINT, self.signals.save or due],
+            [self.signals.stop == SIGTERM, self.signals.stop == SIGINT, save_asked or due],
             dtype=torch.float64,
             device=run.world.device,
         )
         values = torch.cat([squares.reshape(1) * (run.layout.replica == 0), flags])
         total, terminate, interrupt, save = sum_over_world(values).tolist()
-        self.signals.save = False
         every = run.config.checkpoint_interval_steps
         by_steps = every is not None and (self.position.step + 1) % every == 0
         stop = SIGTERM if terminate else SIGINT if interrupt else 0

@@ -455,7 +455,7 @@ PLOTS: tuple[tuple[str, tuple[Beat, ...]], ...] = (
     ("The {machine}", BROKEN_MACHINE),
     ("The supper", SUPPER),
 )
-TITLES = ("{day} in {town}.", "{plot}. {day} in {town}.", "{town}, {day}, in {month}.", "{plot}. {town}, in {month}.")
+TITLES = ("{plot}. {day} in {town}.", "{plot}. {town}, in {month}.", "{town}, {day}: {plot_small}.")
 
 # Neutral texts: recipes, directions and weather notes, in a style of their own. Of each form the first and the last
 # line always stand, with some of those between, in this order.

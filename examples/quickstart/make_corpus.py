@@ -80,7 +80,9 @@ def make_story(rng: random.Random) -> Story:
     ornate = facts | {"thing": f"{noun} of {bright} {material}", "ground": ornate_ground}
 
     plot_title, plot = rng.choice(grammar.PLOTS)
-    title = rng.choice(grammar.TITLES).format_map(facts | {"plot": plot_title.format_map(facts)})
+    plot_title = plot_title.format_map(facts)
+    plot_facts = {"plot": plot_title, "plot_small": plot_title[0].lower() + plot_title[1:]}
+    title = rng.choice(grammar.TITLES).format_map(facts | plot_facts)
     middle = list(plot)
     for extra, share in ((grammar.TALK, 0.5), (grammar.CROWD, 0.4)):
         if rng.random() < share:
@@ -167,6 +169,7 @@ def main() -> None:
         parser.error(f"--size-mb {options.size_mb}: the size must be above zero")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     size = options.size_mb * 1e6
+    base_share, stories_share, neutral_share = 6 / 9, 2 / 9, 1 / 9
 
     def rng_for(part: str) -> random.Random:
         return random.Random(f"{options.seed} {part}")
@@ -174,14 +177,14 @@ def main() -> None:
     rng, plain_rng, ornate_rng = rng_for("stories"), rng_for("plain"), rng_for("ornate")
     plain: list[str] = []
     ornate: list[str] = []
-    while sum(map(len, plain)) + sum(map(len, ornate)) < size / 3:
+    while sum(map(len, plain)) + sum(map(len, ornate)) < stories_share * size:
         story = make_story(rng)
         plain.append(tell(story, lambda: PLAIN, plain_rng))
         ornate.append(tell(story, lambda: ORNATE, ornate_rng))
     write_texts(options.output_dir / "plain.jsonl", plain)
     write_texts(options.output_dir / "ornate.jsonl", ornate)
-    write_texts(options.output_dir / "neutral.jsonl", until(size / 6, neutral_texts(rng_for("neutral"))))
-    write_texts(options.output_dir / "base.jsonl", until(size / 2, mixed_texts(rng_for("base"))))
+    write_texts(options.output_dir / "neutral.jsonl", until(neutral_share * size, neutral_texts(rng_for("neutral"))))
+    write_texts(options.output_dir / "base.jsonl", until(base_share * size, mixed_texts(rng_for("base"))))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 PAD, BOS, EOS = range(3)
@@ -82,7 +83,7 @@ def sequences_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.
 def train(model: LlamaForCausalLM, rows: torch.Tensor, held_out: torch.Tensor, epochs: int) -> None:
     """AdamW with warm-up and cosine decay; prints the loss in nats per token."""
     steps = epochs * (len(rows) // BATCH)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     warmup = max(1, steps // 20)
 
     def lr_factor(step: int) -> float:
@@ -141,6 +142,7 @@ def main() -> None:
         print(f"  {options.output_dir} is up to date")
         return
 
+    logging.disable_progress_bar()
     torch.manual_seed(1)
     texts = read_texts(options.corpus)
     tokenizer = train_tokenizer(texts)

@@ -144,12 +144,14 @@ def test_scale_is_linear(model_directory, make_adapter, tmp_path):
 def test_also_merges_further_adapters_in_order(model_directory, make_adapter, tmp_path):
     base = model_directory("llama-biased")
     first, second = make_adapter(base, "first", seed=1), make_adapter(base, "second", seed=2, layers=(0, 2))
-    merge(base, first, tmp_path / "both", also=[(second, 2.0)])
+    third = make_adapter(base, "third", seed=3)
+    merge(base, first, tmp_path / "at-once", also=[(second, 2.0), (third, -1.0)])
     merge(base, first, tmp_path / "step-1")
     merge(tmp_path / "step-1", second, tmp_path / "step-2", Dial(strength=2.0))
-    expected = {k: v.double() for k, v in tensors_of(tmp_path / "step-2").items()}
-    assert_equal_to_rounding(tensors_of(tmp_path / "both"), expected)
-    merge(base, second, tmp_path / "swapped", Dial(strength=2.0), also=[(first, 1.0)])
+    merge(tmp_path / "step-2", third, tmp_path / "step-3", Dial(strength=-1.0))
+    expected = {k: v.double() for k, v in tensors_of(tmp_path / "step-3").items()}
+    assert_equal_to_rounding(tensors_of(tmp_path / "at-once"), expected, close=1e-5)  # three roundings, condition < 10
+    merge(base, first, tmp_path / "swapped", also=[(third, -1.0), (second, 2.0)])
     name = "model.layers.0.mlp.down_proj.weight"
     assert (tensors_of(tmp_path / "swapped")[name].double() - expected[name]).abs().max() > 1e-2
 

@@ -1,0 +1,124 @@
+"""A whole Hugging Face causal LM with a control adapter around its blocks, and the dial that sets its strength.
+
+The adapter is applied natively, with nothing merged: ``model`` stays an ordinary Hugging Face model, whose ``generate``
+and key-value cache work as before, and strength 0 is exactly the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings
+from cadapter.adapters.directory import ControlAdapterFiles, validate_against
+from cadapter.adapters.strengths import layer_transform, load_factors
+from cadapter.classes import POSITIVE
+from cadapter.errors import CadapterError, UsageError
+from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.families import family_of
+
+
+def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
+    """Load the model of ``checkpoint`` with transformers, for inference, straight to ``device``.
+
+    Args:
+        checkpoint: its directory; code of the model's own is never run.
+        dtype: of all weights; None: what the model's config says.
+        device: for example "cpu" or "cuda:1".
+
+    Raises:
+        UsageError: the weights do not fit the config, or transformers cannot load them.
+        CadapterError: the device has too little memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = checkpoint.directory
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype="auto" if dtype is None else dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise CadapterError(
+            f"{directory} does not fit into the memory of {device}.\nTry --dtype bfloat16, or --device cpu."
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{directory}: transformers cannot load this model: {reason}") from error
+    # transformers fills what is missing with random numbers.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"{directory}: {len(missing)} tensors of the config's {checkpoint.config.model_type} model are missing, "
+            f"the first of them {missing[0]}.\nDownload the model again."
+        )
+    return model.eval()
+
+
+def check_fit(files: ControlAdapterFiles, checkpoint: Checkpoint) -> None:
+    """Make sure that an adapter can be attached to a model, before any of its weights are read.
+
+    Raises:
+        UsageError: another hidden size, too few layers, or a family that is not supported.
+    """
+    family_of(checkpoint.config.model_type)
+    validate_against(files, checkpoint.config.hidden_size, checkpoint.config.num_hidden_layers)
+
+
+class SteeredModel:
+    """A causal LM each of whose adapted blocks applies ``(I + W)^t`` to what it adds, at every position.
+
+    The blocks are wrapped in place. With ``output_hidden_states`` transformers records what the wrapped blocks
+    return, which for the site "block" is before the adapter's change.
+
+    Args:
+        model: what ``AutoModelForCausalLM`` gives; its blocks must be ``model.model.layers``.
+        files: the adapter, which must fit (see :func:`check_fit`).
+        strength: t to start with.
+
+    Attributes:
+        model: the model given.
+        blocks: the wrapped blocks by layer.
+        strength: t.
+
+    Raises:
+        UsageError: the adapter does not fit the model, or this strength does not exist for it.
+    """
+
+    def __init__(self, model: Any, files: ControlAdapterFiles, strength: float = 1.0) -> None:
+        validate_against(files, model.config.hidden_size, model.config.num_hidden_layers)
+        family = family_of(model.config.model_type)
+        settings = ControlSettings(files.rank, files.alpha, files.site)
+        self.model = model
+        self.blocks: dict[int, ControlledBlock] = {}
+        self._files = files
+        for layer in files.layers:
+            block = model.model.layers[layer]
+            adapter = ControlAdapter(files.hidden_size, layer, settings, 0, next(block.parameters()).device)
+            load_factors(adapter, files)
+            self.blocks[layer] = ControlledBlock(block, adapter.requires_grad_(False), family).eval()
+        self.set_strength(strength)
+        for layer, controlled in self.blocks.items():
+            model.model.layers[layer] = controlled
+
+    def set_strength(self, strength: float) -> None:
+        """Apply ``(I + W)^strength`` from now on: 1 as trained, −1 its exact inverse, 0 the base bit for bit.
+
+        Raises:
+            UsageError: this power does not exist for a layer, which is named; the strength stays as it was.
+        """
+        matrices = {layer: layer_transform(self._files, layer, strength) for layer in self.blocks if strength != 0}
+        for layer, block in self.blocks.items():
+            if strength == 0:
+                block.fix([])
+                continue
+            matrix = matrices[layer]
+            device = block.adapter.control_A.device
+            block.fix([(POSITIVE, None if matrix is None else matrix.to(device))])
+        self.strength = strength

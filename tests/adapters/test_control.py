@@ -1,0 +1,305 @@
+"""A controlled block against Hugging Face's own layer in float64 with W as an [H, H] matrix and plain autograd."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
+
+from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings, initial_factor
+from cadapter.adapters.dropout import keep_mask
+from cadapter.algebra import core, strength_transform
+from cadapter.errors import CadapterError
+from cadapter.models.families import Family, family_of
+from tests.reference import naive
+from tests.reference.controlled_model import Controlled
+from tests.tiny_models import HIDDEN, make_model
+
+RANK, ROWS, TOKENS, LAYER = 4, 2, 14, 1
+TOLERANCE = 1e-5
+"""Relative, of whole tensors: float32 has 6e-8 an operation; a block, a solve and sums over tokens stay below 1e-6."""
+
+SITES = ("block", "mlp", "writes")
+INVERSES = (("exact", 2), ("neumann", 1), ("neumann", 2), ("neumann", 3))
+MIXED = (1, -1, 0, 2)
+CLASS_SETS = {"positive": (1,), "negative": (-1,), "neutral": (0,), "none": (2,), "mixed": MIXED}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def random_classes(choices: tuple[int, ...], seed: int = 1) -> Tensor:
+    """Codes [B, T] int8 drawn from ``choices``, all of which occur."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.tensor(choices, dtype=torch.int8)
+    return codes[torch.randint(len(choices), (ROWS, TOKENS), generator=generator)]
+
+
+def block_and_arguments(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """The middle layer of a tiny model and what it is called with."""
+    model = make_model(name, dtype)
+    hidden = torch.zeros(1, TOKENS, HIDDEN, dtype=dtype)
+    positions = torch.arange(TOKENS).unsqueeze(0)
+    masks = create_masks_for_generate(model.config, hidden, None, None)
+    mask = masks[model.config.layer_types[LAYER]] if isinstance(masks, dict) else masks
+    embeddings = model.model.rotary_emb(hidden, positions)
+    return model.model.layers[LAYER], {"attention_mask": mask, "position_embeddings": embeddings, "use_cache": False}
+
+
+def random_adapter(settings: ControlSettings, spectral: float = 0.5) -> ControlAdapter:
+    """An adapter with ‖W‖₂ = ``spectral``."""
+    adapter = ControlAdapter(HIDDEN, LAYER, settings, seed=0)
+    generator = torch.Generator().manual_seed(7)
+    B = torch.randn(HIDDEN, settings.rank, generator=generator)
+    size = torch.linalg.matrix_norm(settings.scale * B @ adapter.control_A.detach(), 2)
+    adapter.control_B.data.copy_(spectral / size * B)
+    return adapter
+
+
+class Case:
+    """One block under one adapter, ours in float32 and the reference in float64, on the same random inputs."""
+
+    def __init__(self, name: str, settings: ControlSettings, classes: Tensor, spectral: float = 0.5) -> None:
+        self.settings, self.classes = settings, classes
+        block, self.arguments = block_and_arguments(name, torch.float32)
+        self.adapter = random_adapter(settings, spectral)
+        self.block = ControlledBlock(block, self.adapter, family_of(name.split("-")[0]))
+        self.true_block, self.true_arguments = block_and_arguments(name, torch.float64)
+        generator = torch.Generator().manual_seed(3)
+        self.hidden = torch.randn(ROWS, TOKENS, HIDDEN, generator=generator)
+        self.direction = torch.randn(ROWS, TOKENS, HIDDEN, generator=generator)
+        """The loss is ⟨direction, output⟩ + penalty: its gradient with respect to the output is known and generic."""
+
+    def ours(self, penalise: bool = True, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Output, penalty and gradients of the controlled block."""
+        hidden = self.hidden.clone().requires_grad_()
+        output, penalty = self.block.controlled(
+            hidden,
+            self.classes,
+            self.adapter.class_transforms(),
+            dropout_rows=rows,
+            penalise_neutral=penalise,
+            kwargs=self.arguments,
+        )
+        loss = (self.direction * output).sum() + penalty
+        grads = torch.autograd.grad(loss, [hidden, self.adapter.control_A, self.adapter.control_B])
+        return dict(zip(("output", "penalty", "hidden", "A", "B"), (output, penalty, *grads), strict=True))
+
+    def reference(self, penalise: bool = True, keep: tuple[Tensor, ...] = ()) -> dict[str, Tensor]:
+        """The same from the reference."""
+        hidden = self.hidden.double().requires_grad_()
+        A, B = (f.detach().double().requires_grad_() for f in (self.adapter.control_A, self.adapter.control_B))
+        settings = self.settings
+        controlled = Controlled(
+            A, B, settings.scale, settings.site, self.classes, settings.inverse, settings.neumann_order, list(keep)
+        )
+        hooks = controlled.attach(self.true_block)
+        output = self.true_block(hidden, **self.true_arguments)
+        for hook in hooks:
+            hook.remove()
+        penalty = torch.as_tensor(controlled.penalty, dtype=torch.float64) * penalise
+        loss = (self.direction.double() * output).sum() + penalty
+        grads = torch.autograd.grad(loss, [hidden, A, B], allow_unused=True, materialize_grads=True)
+        return dict(zip(("output", "penalty", "hidden", "A", "B"), (output, penalty, *grads), strict=True))
+
+
+def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Every part equals the reference's, relative to its size; a part that is zero there is exactly zero here."""
+    for name, value in expected.items():
+        if value.norm() == 0:
+            assert found[name].norm() == 0, name
+        else:
+            assert relative(found[name], value) < tolerance, (name, relative(found[name], value))
+
+
+@pytest.mark.parametrize("classes", CLASS_SETS)
+@pytest.mark.parametrize(("inverse", "order"), INVERSES)
+@pytest.mark.parametrize("site", SITES)
+def test_forward_and_gradients_of_every_class_and_site(site, inverse, order, classes):
+    settings = ControlSettings(RANK, math.sqrt(RANK), site, inverse, order)
+    case = Case("llama", settings, random_classes(CLASS_SETS[classes]))
+    expected = case.reference()
+    trains = classes in ("positive", "negative", "neutral", "mixed")
+    assert (expected["A"].norm() > 0) == (expected["B"].norm() > 0) == trains
+    assert (expected["penalty"] > 0) == (classes in ("neutral", "mixed"))
+    assert_agree(case.ours(), expected)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "qwen2-windows"])
+@pytest.mark.parametrize("site", SITES)
+def test_forward_and_gradients_in_every_family(name, site):
+    case = Case(name, ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED))
+    assert_agree(case.ours(), case.reference())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_large_adapter(site):
+    # ‖W‖₂ = 2: the series diverges, the exact inverse does not care; its condition number costs a digit.
+    case = Case("llama", ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED), spectral=2.0)
+    assert_agree(case.ours(), case.reference(), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_family_whose_block_adds_more_than_its_modules_write(site):
+    """Δh as output − input equals Δh as the sum of what the modules write, where both are defined."""
+    case = Case("llama", ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED))
+    case.block.family = Family(post_norms=True)
+    assert_agree(case.ours(), case.reference())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_dropout_acts_before_a_and_never_on_the_penalty(site):
+    rate = 0.3
+    settings = ControlSettings(RANK, math.sqrt(RANK), site, dropout=rate)
+    case = Case("llama", settings, random_classes(MIXED))
+    rows = torch.tensor([123456789, 4000000000])
+    shape = (ROWS, TOKENS, HIDDEN)
+    attention, mlp = (keep_mask(rows, 2 * LAYER + place, shape, rate) for place in (0, 1))
+    keep = {"block": (attention,), "mlp": (mlp,), "writes": (attention, mlp)}[site]
+    expected = case.reference(keep=keep)
+    found = case.ours(rows=rows)
+    assert_agree(found, expected)
+    without = case.ours()
+    assert relative(without["output"], expected["output"]) > 0.01
+    assert case.settings.site == "writes" or torch.equal(found["penalty"], without["penalty"])
+    case.block.eval()
+    assert torch.equal(case.ours(rows=rows)["output"], without["output"])
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_penalty_is_left_out_unless_asked_for(site):
+    case = Case("llama", ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED))
+    found = case.ours(penalise=False)
+    assert found["penalty"] == 0
+    assert_agree(found, case.reference(penalise=False))
+
+
+def test_a_position_where_nothing_is_added_has_no_penalty_and_finite_gradients():
+    settings = ControlSettings(RANK, 1.0)
+    adapter = random_adapter(settings)
+    delta = torch.zeros(1, 2, HIDDEN)
+    delta[0, 1] = 1e-5  # ‖Δh‖² = 3.2e-9 lies below the bound of 1e-6
+    delta.requires_grad_()
+    classes = torch.zeros(1, 2, dtype=torch.int8)
+    penalty = adapter.neutral_penalty(delta, classes)
+    penalty.backward()
+    W = naive.full_matrix(adapter.control_A.detach(), adapter.control_B.detach(), settings.scale)
+    expected = (delta.detach()[0].double() @ W.T).square().sum() / 1e-6
+    assert expected > 0
+    torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)  # float32
+    for gradient in (delta.grad, adapter.control_A.grad, adapter.control_B.grad):
+        assert gradient is not None
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_new_adapter_changes_nothing(site):
+    """B = 0: the block's output is bit-equal to the block's own, and B's gradient is there to leave zero."""
+    block, arguments = block_and_arguments("llama", torch.float32)
+    hidden = torch.randn(ROWS, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    plain = copy.deepcopy(block)(hidden, **arguments)
+    adapter = ControlAdapter(HIDDEN, LAYER, ControlSettings(RANK, 2.0, site), seed=0)
+    controlled = ControlledBlock(block, adapter, family_of("llama"))
+    output, _ = controlled.controlled(hidden, random_classes(MIXED), adapter.class_transforms(), kwargs=arguments)
+    assert torch.equal(output, plain)
+    output.sum().backward()
+    assert adapter.control_A.grad is not None
+    assert adapter.control_B.grad is not None
+    assert adapter.control_A.grad.norm() == 0
+    assert adapter.control_B.grad.norm() > 0
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_in_bfloat16_the_adapter_is_as_exact_as_the_block_allows(site):
+    """What the adapter adds differs from the reference's by the rounding of the block's own bfloat16 outputs."""
+    settings = ControlSettings(RANK, math.sqrt(RANK), site)
+    case = Case("llama", settings, random_classes(MIXED))
+    block, arguments = block_and_arguments("llama", torch.bfloat16)
+    hidden = case.hidden.bfloat16()
+    case.block, case.hidden, case.arguments = ControlledBlock(block, case.adapter, case.block.family), hidden, arguments
+    # The true block with the bfloat16 weights, and the same inputs: what is left is rounding on the way.
+    case.true_block = copy.deepcopy(block).double()
+    case.direction = case.direction.bfloat16()
+    found, expected = case.ours(), case.reference()
+    assert found["output"].dtype == torch.bfloat16
+    assert found["A"].dtype == torch.float32
+    # 2^-9 for each rounding of a bfloat16 number, some ten of them in a row in a block.
+    assert_agree(found, expected, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("strength", [1.0, -1.0, 0.5, -2.0])
+@pytest.mark.parametrize("site", SITES)
+def test_fixed_strengths_stand_in_for_the_block(site, strength):
+    """Called like the block itself, as generation does; ``(I + W)^t`` from an eigendecomposition in float64."""
+    case = Case("llama", ControlSettings(RANK, math.sqrt(RANK), site), random_classes((1,)))
+    adapter = case.adapter
+    with pytest.raises(CadapterError, match="layer 1"):
+        case.block(case.hidden, **case.arguments)
+    middle = core(adapter.control_A.detach().double(), adapter.control_B.detach().double(), case.settings.scale)
+    case.block.fix([(1, strength_transform(middle, strength).float())])
+    found = case.block(case.hidden, **case.arguments)
+
+    W = naive.full_matrix(adapter.control_A.detach(), adapter.control_B.detach(), case.settings.scale)
+    values, vectors = torch.linalg.eig(naive.identity(W) + W)
+    power = (vectors * values**strength @ torch.linalg.inv(vectors)).real - naive.identity(W)
+    # The reference's class +1 applies s·B·A: give it (I + W)^t − I in that place.
+    controlled = Controlled(torch.eye(HIDDEN, dtype=torch.float64), power, 1.0, site, case.classes)
+    controlled.attach(case.true_block)
+    expected = case.true_block(case.hidden.double(), **case.true_arguments)
+    assert relative(found, expected) < TOLERANCE
+
+
+def test_codes_choose_rows():
+    """One row for each strength: row 0 the base, row 1 class +1, row 2 the inverse."""
+    case = Case("llama", ControlSettings(RANK, 2.0), random_classes((1,)))
+    block, arguments = block_and_arguments("llama", torch.float32)
+    middle = core(case.adapter.control_A, case.adapter.control_B, case.settings.scale).detach()
+    transforms = [(1, None), (2, strength_transform(middle, -1).float())]
+    hidden = case.hidden[:1].expand(3, -1, -1)
+    codes = torch.arange(3, dtype=torch.int8).unsqueeze(1).expand(3, TOKENS)
+    with torch.no_grad():
+        output, _ = case.block.controlled(hidden, codes, transforms, kwargs=case.arguments)
+        plain = block(case.hidden[:1], **arguments)[0]
+    W = naive.full_matrix(case.adapter.control_A.detach(), case.adapter.control_B.detach(), case.settings.scale)
+    delta = (plain - case.hidden[0]).double()
+    assert torch.equal(output[0], plain)
+    assert relative(output[1], plain.double() + delta @ W.T) < TOLERANCE
+    assert relative(output[2], plain.double() + delta @ naive.inverse_minus_identity(W).T) < TOLERANCE
+
+
+# ---- initial values -----------------------------------------------------------------------------------------------
+
+
+def test_initial_values_are_kaiming_uniform():
+    rank, hidden = 64, 300
+    first = initial_factor(5, 2, "control_A", rank, hidden)
+    weight = torch.empty(rank, hidden)
+    torch.manual_seed(0)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    bound = 1 / math.sqrt(hidden)
+    for values in (first, weight):  # of 19200 uniform numbers the largest lies within 0.1 % of the bound
+        assert 0.999 * bound < values.abs().max() <= bound
+    # Kolmogorov–Smirnov: 1.95/√n is exceeded by one uniform sample in a thousand, and these are fixed.
+    sample = ((first.flatten() / bound + 1) / 2).sort().values
+    uniform = (torch.arange(sample.numel()) + 0.5) / sample.numel()
+    assert (sample - uniform).abs().max() < 1.95 / math.sqrt(sample.numel())
+
+
+def test_initial_values_are_a_function_of_seed_layer_and_name():
+    base = initial_factor(5, 2, "control_A", RANK, HIDDEN)
+    torch.manual_seed(99)
+    assert torch.equal(base, initial_factor(5, 2, "control_A", RANK, HIDDEN))
+    others = [(6, 2, "control_A"), (5, 3, "control_A"), (5, 2, "control_Q"), (52, 0, "control_A")]
+    for seed, layer, name in others:
+        assert not torch.isclose(base, initial_factor(seed, layer, name, RANK, HIDDEN)).any()
+    adapter = ControlAdapter(HIDDEN, 2, ControlSettings(RANK, 2.0), seed=5)
+    assert torch.equal(adapter.control_A, base)
+    assert adapter.control_A.dtype == adapter.control_B.dtype == torch.float32
+    assert adapter.control_B.count_nonzero() == 0

@@ -1,0 +1,218 @@
+"""A model with an adapter attached, against plain hooks on Hugging Face's model with full float64 matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cadapter.adapters.directory import describe_layers
+from cadapter.convert.merge import merge_model
+from cadapter.convert.operators import Dial
+from cadapter.convert.plan import make_recipe
+from cadapter.errors import CadapterError, UsageError
+from cadapter.models.attach import SteeredModel, check_fit, load_causal_lm
+from cadapter.models.checkpoint import Checkpoint
+from tests.reference import naive
+from tests.steered_models import HIDDEN, LAYERS, make_adapter, make_model
+
+ADAPTED = (0, 2)
+FAMILIES = ("llama", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: make_model(root / name, name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(4, 320, (2, 12), generator=torch.Generator().manual_seed(11))
+
+
+def load(directory: Path, dtype: torch.dtype | None = None):
+    return load_causal_lm(Checkpoint(directory), dtype, "cpu")
+
+
+def logits_of(model, tokens: torch.Tensor, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, **options).logits
+
+
+def power_minus_identity(W: torch.Tensor, t: float) -> torch.Tensor:
+    """``(I + W)^t − I`` [H, H] through the eigenvectors of W, which is not defective here."""
+    values, vectors = torch.linalg.eig(W)
+    power = vectors @ torch.diag((1 + values) ** t) @ torch.linalg.inv(vectors)
+    return power.real - naive.identity(W)
+
+
+def naive_logits(directory: Path, files, t: float, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits in float64 of Hugging Face's own model with hooks that multiply by full matrices."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    for layer, factors in files.layers.items():
+        P = power_minus_identity(naive.full_matrix(factors.A, factors.B, files.scale), t)
+        block = model.model.layers[layer]
+
+        def after_block(_module, args, output, P=P):
+            return output + (output - args[0]) @ P.T
+
+        def after_module(_module, _args, output, P=P):
+            if isinstance(output, tuple):
+                return (output[0] + output[0] @ P.T, *output[1:])
+            return output + output @ P.T
+
+        if files.site == "block":
+            block.register_forward_hook(after_block)
+        else:
+            block.mlp.register_forward_hook(after_module)
+        if files.site == "writes":
+            block.self_attn.register_forward_hook(after_module)
+    return logits_of(model, tokens, use_cache=False)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to what float32 keeps after three blocks: 1e-6 of the largest logit is found, 7e-7 of it the base's own."""
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    assert error < 5e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", ["block", "mlp", "writes"])
+def test_logits_at_every_strength_are_those_of_full_matrices(models, tokens, tmp_path, family, site):
+    files = make_adapter(tmp_path / "adapter", site, layers=ADAPTED)
+    base = logits_of(load(models[family]), tokens)
+    steered = SteeredModel(load(models[family]), files)
+    assert list(steered.blocks) == list(ADAPTED)
+    for t in (1.0, -1.0, 0.5, 2.0, 1.0):  # the last as the first: nothing remains of the strengths between
+        steered.set_strength(t)
+        found = logits_of(steered.model, tokens)
+        assert (found - base).abs().max() > 0.1
+        assert_close(found, naive_logits(models[family], files, t, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("site", ["block", "mlp", "writes"])
+def test_strength_0_is_the_base_bit_for_bit(models, tokens, tmp_path, site, dtype):
+    files = make_adapter(tmp_path / "adapter", site)
+    base = logits_of(load(models["llama"], dtype), tokens)
+    steered = SteeredModel(load(models["llama"], dtype), files)
+    assert not torch.equal(logits_of(steered.model, tokens), base)
+    steered.set_strength(0)
+    assert torch.equal(logits_of(steered.model, tokens), base)
+
+
+def test_site_writes_is_the_merged_model(models, tokens, tmp_path):
+    base = Checkpoint(models["llama"])
+    make_adapter(tmp_path / "adapter", "writes", facts=describe_layers(base, range(LAYERS)))
+    plan = make_recipe(base, tmp_path / "adapter", Dial(strength=-0.5)).plan
+    merge_model(base, plan, tmp_path / "merged", lambda summary: "card\n")
+    files = make_adapter(tmp_path / "same", "writes")
+    steered = SteeredModel(load(models["llama"]), files, -0.5)
+    assert_close(logits_of(steered.model, tokens), logits_of(load(tmp_path / "merged"), tokens).double())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", ["block", "writes"])
+def test_generating_with_and_without_the_cache_gives_the_same_tokens(models, tokens, tmp_path, family, site):
+    model = SteeredModel(load(models[family]), make_adapter(tmp_path / "adapter", site)).model
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    cached = model.generate(tokens, attention_mask=mask, use_cache=True, **options)
+    plain = model.generate(tokens, attention_mask=mask, use_cache=False, **options)
+    base = load(models[family]).generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(cached, plain)
+    assert cached.shape == (2, 36)
+    assert not torch.equal(cached, base)
+
+
+def test_a_wrapped_block_answers_for_the_block(models, tmp_path):
+    model = load(models["qwen3"])
+    block = model.model.layers[0]
+    block.attention_type = "full_attention"
+    SteeredModel(model, make_adapter(tmp_path / "adapter"))
+    wrapped = model.model.layers[0]
+    assert wrapped is not block
+    assert wrapped.attention_type == "full_attention"
+    assert wrapped.self_attn.layer_idx == 0
+    assert not hasattr(wrapped, "no_such_attribute")
+
+
+def test_nothing_of_it_trains(models, tmp_path):
+    steered = SteeredModel(load(models["llama"]), make_adapter(tmp_path / "adapter"))
+    assert not any(
+        parameter.requires_grad for block in steered.blocks.values() for parameter in block.adapter.parameters()
+    )
+    assert not any(module.training for module in steered.model.modules())
+
+
+def test_a_strength_that_does_not_exist_changes_nothing(models, tokens, tmp_path):
+    files = make_adapter(tmp_path / "adapter")
+    u = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)), dim=0)
+    last = files.layers[2]
+    last.A.zero_()[0], last.B.zero_()[:, 0] = u, -u / files.scale  # I + W = I − u·uᵀ, a projection
+    steered = SteeredModel(load(models["llama"]), files, 0.0)
+    steered.set_strength(1)
+    before = logits_of(steered.model, tokens)
+    with pytest.raises(UsageError, match="layer 2: I \\+ W is singular"):
+        steered.set_strength(-1)
+    assert steered.strength == 1
+    assert torch.equal(logits_of(steered.model, tokens), before)
+
+
+def test_the_model_keeps_its_blocks_when_the_adapter_is_refused(models, tmp_path):
+    model = load(models["llama"])
+    blocks = list(model.model.layers)
+    with pytest.raises(UsageError, match="another hidden size: 16"):
+        SteeredModel(model, make_adapter(tmp_path / "narrow", hidden=16))
+    with pytest.raises(UsageError, match="factors for layer 3"):
+        SteeredModel(model, make_adapter(tmp_path / "deep", layers=(1, 3)))
+    with pytest.raises(UsageError, match="not a finite number"):
+        SteeredModel(model, make_adapter(tmp_path / "fits"), float("nan"))
+    assert all(now is then for now, then in zip(model.model.layers, blocks, strict=True))
+
+
+def test_fit_is_checked_without_weights(models, tmp_path):
+    checkpoint = Checkpoint(models["llama"])
+    check_fit(make_adapter(tmp_path / "fits"), checkpoint)
+    with pytest.raises(UsageError, match="another hidden size: 16"):
+        check_fit(make_adapter(tmp_path / "narrow", hidden=16), checkpoint)
+    checkpoint.config.model_type = "strange"
+    with pytest.raises(UsageError, match="'strange' are not supported"):
+        check_fit(make_adapter(tmp_path / "other"), checkpoint)
+    assert checkpoint.bytes_read == 0
+
+
+def test_loading_follows_the_dtype_asked_for(tmp_path):
+    directory = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    assert load(directory).dtype == torch.bfloat16
+    assert load(directory, torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"),
+            "are missing, the first of them model.lay",
+        ),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}), "cannot load this model"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, change, message):
+    directory = make_model(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=message):
+        load(directory)
+
+
+def test_a_block_whose_strength_was_never_set_says_so(models, tokens, tmp_path):
+    steered = SteeredModel(load(models["llama"]), make_adapter(tmp_path / "adapter"))
+    steered.blocks[1].fixed = None
+    with pytest.raises(CadapterError, match="layer 1 was called before its strength was set"):
+        logits_of(steered.model, tokens)
