@@ -1,44 +1,41 @@
-"""Tiny random models of real families, with a tokenizer, and random control adapters for them."""
+"""Tiny models with a tokenizer, and random control adapters for them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, LowRank, control_card, write_control_adapter
+from tests.tiny_models import HIDDEN, save_model
 from tests.tiny_tokenizer import make_tokenizer
 
-HIDDEN, LAYERS, RANK = 32, 3, 4
-
-# A wide initialisation, so that random models have logits of order 1 and an adapter can be seen to move them.
-SHAPE = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=False),
-}
+RANK = 4
+TOKENIZED = {"vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+"""What makes a tiny model fit the tiny tokenizer."""
 
 
 def make_model(directory: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
     """Save the random model ``name`` and a tokenizer in ``directory``, which is returned."""
-    torch.manual_seed(len(name))
-    AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).save_pretrained(directory)
+    save_model(name, directory, dtype, **TOKENIZED)
     make_tokenizer(directory)
     return directory
+
+
+def rewrite_weights(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Write a model's tensors again, in one file, after ``change`` did something to them."""
+    tensors = {}
+    for shard in directory.glob("*.safetensors"):
+        tensors.update(load_file(shard))
+        shard.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_adapter(

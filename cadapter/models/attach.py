@@ -55,8 +55,8 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
     missing = sorted(found["missing_keys"])
     if missing:
         raise UsageError(
-            f"{directory}: {len(missing)} tensors of the config's {checkpoint.config.model_type} model are missing, "
-            f"the first of them {missing[0]}.\nDownload the model again."
+            f"{directory} lacks tensors of its {checkpoint.config.model_type} model "
+            f"({len(missing)}, such as {missing[0]}).\nDownload the model again."
         )
     return model.eval()
 

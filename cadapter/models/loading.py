@@ -49,6 +49,8 @@ class CausalLM:
         self.checkpoint = Checkpoint(directory)
         self.config: Any = self.checkpoint.config
         self.family: Family = family_of(self.config.model_type)
+        # The base is frozen; dropout inside it would differ with the layout and under recomputation.
+        self.config.attention_dropout = 0.0
         self.dtype = dtype
         self.device = torch.device(device)
         # Buffers such as the rotary frequencies are in no checkpoint: they are computed here, on the CPU.

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cadapter import __version__
 from cadapter.adapters.directory import describe_layers
 from cadapter.adapters.trained import TrainedControlAdapters
@@ -30,8 +32,9 @@ from cadapter.training.engine import Pipeline
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import LossSettings, TrainingLoss
 from cadapter.training.optimiser import Optimiser
+from cadapter.training.recompute import Recompute, decide
 from cadapter.training.run_directory import RunDirectory
-from cadapter.training.stages import StageBuilder, adapters_of, control_settings, recomputed
+from cadapter.training.stages import StageBuilder, adapters_of, control_settings
 from cadapter.training.state import Position, check_facts, load_checkpoint
 from cadapter.training.trainer import Run
 
@@ -81,13 +84,27 @@ def plan_run(config: Config, world: World) -> Plan:
         control_settings(config),
         config.seed,
         CarrierFormat(penalty=neutral and has_neutral, dropout=config.lora_dropout > 0),
-        lambda layer: recomputed(config.activation_checkpointing, layer),
+        _recompute(config, model, layout),
     )
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), builder.trainable())
     data = prepare_together(config, world)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
     return Plan(config, layout, data, model, adapted, builder, bounds, steps)
+
+
+def _recompute(config: Config, model: CausalLM, layout: Layout) -> Recompute:
+    in_flight = min(layout.stages, config.gradient_accumulation_steps)
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    return decide(
+        config.activation_checkpointing,
+        model.config,
+        model.dtype.itemsize,
+        config.micro_batch_size * config.sequence_len * in_flight,
+        layout.stages,
+        sum(model.layer_bytes()) // layout.stages,
+        free,
+    )
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cadapter.training.distributed import World, joined_world, sum_over_world
 from cadapter.training.engine import Pipeline, PipelineBatch
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import ComparisonLoss
+from cadapter.training.recompute import Recompute
 from cadapter.training.scores import Contrast, Score, contrasts, score_datasets
 from cadapter.training.stages import StageBuilder, adapters_of
 
@@ -119,7 +120,7 @@ def _scored_tokens(document: HeldOutDocument) -> int:
 
 def _pipeline(model: CausalLM, files: ControlAdapterFiles, layout: Layout, loss: ComparisonLoss, rows: int) -> Pipeline:
     settings = ControlSettings(files.rank, files.alpha, files.site)
-    builder = StageBuilder(model, list(files.layers), settings, 0, CarrierFormat(), lambda _layer: False)
+    builder = StageBuilder(model, list(files.layers), settings, 0, CarrierFormat(), Recompute(0))
     bounds = stage_bounds("estimated_size", layout.stages, model.layer_bytes(), builder.trainable())
     return Pipeline(builder.builders(), bounds, layout, loss, rows, 1)
 

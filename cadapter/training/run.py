@@ -122,6 +122,8 @@ def show_plan(plan: Plan) -> None:
         rows,
         align="rl",
     )
+    if plan.builder.recompute.reason:
+        note(plan.builder.recompute.reason)
     tokens = int(plan.data.train.tokens.sum())
     note(
         f"Control Adapters: rank {settings.rank}, scale {settings.scale:g}, site {settings.site}, "

@@ -11,13 +11,7 @@ from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSe
 from cadapter.config import Config
 from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer
 from cadapter.models.loading import CausalLM
-
-
-def recomputed(setting: str | int, layer: int) -> bool:
-    """Whether block ``layer`` is computed again in the backward pass: "full": all, N: every Nth, others: none."""
-    if setting == "full":
-        return True
-    return isinstance(setting, int) and layer % setting == 0
+from cadapter.training.recompute import Recompute
 
 
 class StageBuilder:
@@ -29,7 +23,7 @@ class StageBuilder:
         settings: of the adapters.
         seed: of their initial values.
         carrier: what travels.
-        recompute: for each block, whether it is recomputed.
+        recompute: which blocks are computed again in the backward pass.
     """
 
     def __init__(
@@ -39,7 +33,7 @@ class StageBuilder:
         settings: ControlSettings,
         seed: int,
         carrier: CarrierFormat,
-        recompute: Callable[[int], bool],
+        recompute: Recompute,
     ) -> None:
         self.model = model
         self.adapted = set(adapted)
@@ -74,7 +68,7 @@ class StageBuilder:
         if index in self.adapted:
             adapter = ControlAdapter(self.model.hidden_size, index, self.settings, self.seed, self.model.device)
             block = ControlledBlock(block, adapter, self.model.family)
-        return DecoderLayer(block, index, self._frame, self.carrier, self.recompute(index))
+        return DecoderLayer(block, index, self._frame, self.carrier, self.recompute.block(index))
 
     def _last(self) -> nn.Module:
         return HeadLayer(self.model.final_norm(), self.model.head_weight(self._embedding), self.carrier)

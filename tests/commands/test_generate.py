@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -23,7 +22,8 @@ from cadapter.algebra import health
 from cadapter.cli import app
 from cadapter.errors import UsageError
 from cadapter.models.generation import encode_prompt
-from tests.steered_models import HIDDEN, make_adapter, make_model
+from tests.steered_models import make_adapter, make_model, rewrite_weights
+from tests.tiny_models import HIDDEN
 from tests.tiny_tokenizer import make_tokenizer
 
 PROMPT = "The best of films"
@@ -296,10 +296,8 @@ def test_no_model(tmp_path):
 def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(base, tmp_path, fields, message):
     """A model that lacks a tensor loads no further than its headers; the adapter is refused before that is found."""
     copy = shutil.copytree(base, tmp_path / "copy")
-    tensors = load_file(copy / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert "1 tensors of the config's llama model are missing" in generate(copy, PROMPT).stderr
+    rewrite_weights(copy, lambda tensors: tensors.pop("model.norm.weight"))
+    assert "lacks tensors of its llama model (1, such as model.norm.weight)" in generate(copy, PROMPT).stderr
     result = generate(copy, PROMPT, "--adapter", make_adapter(tmp_path / "adapter", **fields).path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr

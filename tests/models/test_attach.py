@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import describe_layers
@@ -17,10 +16,11 @@ from cadapter.errors import CadapterError, UsageError
 from cadapter.models.attach import SteeredModel, check_fit, load_causal_lm
 from cadapter.models.checkpoint import Checkpoint
 from tests.reference import naive
-from tests.steered_models import HIDDEN, LAYERS, make_adapter, make_model
+from tests.steered_models import make_adapter, make_model, rewrite_weights
+from tests.tiny_models import HIDDEN, LAYERS
 
 ADAPTED = (0, 2)
-FAMILIES = ("llama", "qwen3")
+FAMILIES = ("llama", "llama-tied", "qwen3", "qwen2-windows")
 
 
 @pytest.fixture(scope="module")
@@ -197,16 +197,14 @@ def test_loading_follows_the_dtype_asked_for(tmp_path):
     [
         (
             lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"),
-            "are missing, the first of them model.lay",
+            r"lacks tensors of its llama model \(1, such as model.layers.1.mlp",
         ),
         (lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}), "cannot load this model"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, change, message):
     directory = make_model(tmp_path / "model")
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    rewrite_weights(directory, change)
     with pytest.raises(UsageError, match=message):
         load(directory)
 

@@ -39,17 +39,22 @@ def factors(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "final" / "adapter_model.safetensors")
 
 
+def names_in(lines: list[dict[str, Any]]) -> set[str]:
+    return {name for line in lines for name in line}
+
+
+def compared(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if "loss" in name or name in ("train/grad_norm", "tokens")}
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """Same losses of every step and evaluation, same adapter."""
     for kind in ("train", "eval"):
         first, second = metrics(one, kind), metrics(other, kind)
         assert [line["step"] for line in first] == [line["step"] for line in second]
-        names = [name for name in first[0] if "loss" in name or name == "train/grad_norm"]
-        assert any(name.endswith("loss_neutral") for name in names)
+        assert {f"{kind}/loss", f"{kind}/loss_pos", f"{kind}/loss_neg", f"{kind}/loss_neutral"} <= names_in(first)
         for a, b in zip(first, second, strict=True):
-            for name in names:
-                assert a.get(name) == pytest.approx(b.get(name), rel=LOSS, abs=LOSS), (a["step"], name)
-            assert a["tokens"] == b["tokens"]
+            assert compared(a) == pytest.approx(compared(b), rel=LOSS, abs=LOSS), a["step"]
     assert_same_factors(factors(one), factors(other))
 
 

@@ -1,0 +1,231 @@
+"""The pipeline's layers, called one after the other, against Hugging Face's whole models."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cadapter.adapters.control import ControlledBlock, ControlSettings
+from cadapter.algebra import core, strength_transform
+from cadapter.classes import NO_CLASS
+from cadapter.models.layers import Carrier, CarrierFormat, DecoderLayer
+from cadapter.models.loss import logits_of, weighted_cross_entropy
+from cadapter.training.stages import StageBuilder, adapters_of
+from tests.reference import controlled_model
+from tests.tiny_models import CONFIGS, LAYERS, VOCAB, WINDOW, save_model
+from tests.tiny_pipeline import (
+    RANK,
+    builder,
+    layers_of,
+    random_classes,
+    random_tokens,
+    references,
+    run_layers,
+)
+
+ROWS, TOKENS = 3, 24  # three windows
+
+
+def no_classes(ids: torch.Tensor) -> torch.Tensor:
+    return torch.full(ids.shape, NO_CLASS, dtype=torch.int8)
+
+
+def shifted(ids: torch.Tensor) -> torch.Tensor:
+    """Labels [B, T] of ids [B, T]."""
+    return torch.cat([ids[:, 1:], torch.full((len(ids), 1), -100)], dim=1)
+
+
+# ---- what crosses a stage boundary --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("penalty", "dropout"), list(itertools.product([False, True], repeat=2)))
+def test_a_carrier_survives_the_boundary_and_floats_come_first(penalty, dropout):
+    carrier = Carrier(
+        torch.randn(2, 3, 4),
+        torch.ones(2, 3, dtype=torch.int8),
+        torch.ones(1) if penalty else None,
+        torch.arange(2) if dropout else None,
+    )
+    carrier_format = CarrierFormat(penalty, dropout)
+    parts = carrier_format.pack(carrier)
+    assert type(parts) is tuple
+    assert all(isinstance(part, torch.Tensor) for part in parts)
+    floats = [part.is_floating_point() for part in parts]
+    assert floats == sorted(floats, reverse=True)
+    for found, sent in zip(carrier_format.unpack(parts), carrier, strict=True):
+        assert found is sent
+
+
+# ---- against Hugging Face -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_loss_are_hugging_faces(tiny_model, name, attention):
+    directory = tiny_model(name)
+    ids = random_tokens(ROWS, TOKENS, VOCAB)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention)
+    layers = layers_of(builder(directory, adapted=(), attention=attention))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, labels=ids, use_cache=False)
+        outputs = run_layers(layers, ids, no_classes(ids))
+    assert TOKENS > 2 * WINDOW
+    logits = logits_of(outputs.hidden, outputs.weight)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+    weights = torch.ones(ids.numel())
+    total, _ = weighted_cross_entropy(
+        outputs.hidden.flatten(0, 1), outputs.weight, shifted(ids).flatten(), weights
+    )
+    torch.testing.assert_close(total / (ROWS * (TOKENS - 1)), expected.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-tied", "qwen3-windows"])
+def test_in_bfloat16_logits_and_loss_are_hugging_faces(tiny_model, name):
+    """The same operations in the same order: bit-equal logits, and a loss in float32 from them."""
+    directory = tiny_model(name, torch.bfloat16)
+    ids = random_tokens(ROWS, TOKENS, VOCAB)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    layers = layers_of(builder(directory, adapted=(), dtype=torch.bfloat16))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, labels=ids, use_cache=False)
+        outputs = run_layers(layers, ids, no_classes(ids))
+    assert torch.equal(logits_of(outputs.hidden, outputs.weight), expected.logits.float())
+    total, _ = weighted_cross_entropy(
+        outputs.hidden.flatten(0, 1), outputs.weight, shifted(ids).flatten(), torch.ones(ids.numel())
+    )
+    torch.testing.assert_close(total / (ROWS * (TOKENS - 1)), expected.loss.float(), rtol=1e-5, atol=0)
+
+
+def test_sequences_of_several_lengths_have_their_own_masks(tiny_model):
+    directory = tiny_model("qwen3-windows")
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    layers = layers_of(builder(directory, adapted=()))
+    for length in (TOKENS, 5, WINDOW, 2 * TOKENS, TOKENS):
+        ids = random_tokens(2, length, VOCAB, seed=length)
+        with torch.no_grad():
+            outputs = run_layers(layers, ids, no_classes(ids))
+            expected = theirs(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(logits_of(outputs.hidden, outputs.weight), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_window_matters(tiny_model, tmp_path):
+    """So that equal logits above say something of the masks."""
+    ids = random_tokens(1, TOKENS, VOCAB)
+    save_model("mistral", tmp_path / "wide", sliding_window=None)
+    logits = []
+    for directory in (tiny_model("mistral"), tmp_path / "wide"):
+        with torch.no_grad():
+            outputs = run_layers(layers_of(builder(directory, adapted=())), ids, no_classes(ids))
+        logits.append(logits_of(outputs.hidden, outputs.weight)[0])
+    assert torch.equal(logits[0][:WINDOW], logits[1][:WINDOW])
+    assert (logits[0][WINDOW:] - logits[1][WINDOW:]).abs().max() > 0.1
+
+
+def test_the_bases_own_attention_dropout_is_off(tiny_model, tmp_path):
+    """In training mode, in which the engine runs the layers: its masks would depend on the layout."""
+    directory = save_model("llama", tmp_path / "model", attention_dropout=0.5)
+    ids = random_tokens(2, TOKENS, VOCAB)
+    layers = layers_of(builder(directory, adapted=()))
+    assert all(layer.training for layer in layers)
+    outputs = run_layers(layers, ids, no_classes(ids))
+    expected = run_layers(layers_of(builder(tiny_model("llama"), adapted=())), ids, no_classes(ids))
+    assert torch.equal(outputs.hidden, expected.hidden)
+
+
+# ---- with adapters ------------------------------------------------------------------------------------------------
+
+
+def gradients(stages: StageBuilder) -> list[torch.Tensor]:
+    """Hidden states, penalty and the adapters' gradients of a loss that sees every position and the penalty."""
+    layers = layers_of(stages)
+    ids, classes = random_tokens(ROWS, TOKENS, VOCAB), random_classes(ROWS, TOKENS)
+    outputs = run_layers(layers, ids, classes, torch.arange(ROWS) + 77)
+    assert outputs.penalty is not None
+    loss = outputs.hidden.square().sum() + outputs.penalty.sum()
+    parameters = [p for adapter in adapters_of(layers) for p in adapter.parameters()]
+    return [outputs.hidden, outputs.penalty, *torch.autograd.grad(loss, parameters)]
+
+
+@pytest.mark.parametrize("site", ["block", "mlp", "writes"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3-tied"])
+def test_recomputation_changes_nothing(tiny_model, name, site):
+    """Bit-equal outputs and gradients with every, every other and no block recomputed; dropout and penalty are on."""
+    settings = ControlSettings(RANK, 2.0, site, dropout=0.2)
+    carrier = CarrierFormat(penalty=True, dropout=True)
+    choices = (lambda _layer: False, lambda _layer: True, lambda layer: layer % 2 == 0)
+    kept, full, some = (
+        gradients(builder(tiny_model(name), settings, carrier=carrier, recompute=choice)) for choice in choices
+    )
+    assert len(kept) == 2 + 2 * LAYERS
+    for one, two, three in zip(kept, full, some, strict=True):
+        assert one.norm() > 0
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_recomputation_keeps_less(tiny_model):
+    """What autograd keeps of a recomputed pipeline is a fraction: recomputation really happens."""
+
+    def kept_bytes(recompute: bool) -> int:
+        layers = layers_of(builder(tiny_model("llama"), recompute=lambda _layer: recompute))
+        ids, classes = random_tokens(ROWS, TOKENS, VOCAB), random_classes(ROWS, TOKENS)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):  # type: ignore[func-returns-value]
+            run_layers(layers, ids, classes)
+        return sum(sizes)
+
+    assert kept_bytes(True) < 0.25 * kept_bytes(False)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3-windows"])
+def test_layers_without_an_adapter_stay_as_they_are(tiny_model, name):
+    """Adapters on layer 1 alone: the gradient reaches it, and logits equal the reference's."""
+    directory = tiny_model(name)
+    layers = layers_of(builder(directory, adapted=(1,)))
+    assert [isinstance(layer.block, ControlledBlock) for layer in layers if isinstance(layer, DecoderLayer)] == [
+        False,
+        True,
+        False,
+    ]
+    ids, classes = random_tokens(ROWS, TOKENS, VOCAB), random_classes(ROWS, TOKENS)
+    adapters = adapters_of(layers)
+    outputs = run_layers(layers, ids, classes)
+    model = AutoModelForCausalLM.from_pretrained(directory).double()
+    controlled = references(adapters, classes)
+    expected = controlled_model.run(model, controlled, ids, shifted(ids), torch.ones(ids.shape))
+    logits = logits_of(outputs.hidden, outputs.weight)
+    # Three layers of float32 on numbers of order 1.
+    torch.testing.assert_close(logits.double(), expected.logits, rtol=1e-5, atol=2e-5)
+    trained = [name for layer in layers for name, p in layer.named_parameters() if p.requires_grad]
+    assert trained == ["block.adapter.control_A", "block.adapter.control_B"]
+
+
+def test_other_transforms_for_evaluation(tiny_model):
+    """One text under three strengths at once, a row each: 0, +1 and −2."""
+    directory = tiny_model("llama")
+    layers = layers_of(builder(directory))
+    adapters = adapters_of(layers)
+    for layer in layers:
+        if isinstance(layer, DecoderLayer):
+            assert isinstance(layer.block, ControlledBlock)
+            adapter = layer.block.adapter
+            middle = core(adapter.control_A, adapter.control_B, adapter.settings.scale).detach()
+            layer.set_transforms([(1, None), (2, strength_transform(middle, -2).float())])
+    ids = random_tokens(1, TOKENS, VOCAB)
+    codes = torch.arange(3, dtype=torch.int8).unsqueeze(1).expand(3, TOKENS).contiguous()
+    with torch.no_grad():
+        outputs = run_layers(layers, ids.expand(3, -1), codes)
+    logits = logits_of(outputs.hidden, outputs.weight).double()
+    # The inverse applied twice is (I + W)^-2: the reference's class −1 of the adapter whose I + W is its square.
+    model = AutoModelForCausalLM.from_pretrained(directory).double()
+    for row, code in ((0, 2), (1, 1), (2, -1)):
+        controlled = references(adapters, torch.full((1, TOKENS), code, dtype=torch.int8))
+        if row == 2:
+            for each in controlled.values():
+                W = each.scale * each.B @ each.A
+                each.A, each.B, each.scale = torch.eye(len(W), dtype=W.dtype), 2 * W + W @ W, 1.0
+        expected = controlled_model.run(model, controlled, ids, shifted(ids), torch.ones(ids.shape)).logits[0]
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)  # the inverse of a square
