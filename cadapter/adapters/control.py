@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from cadapter.errors import CadapterError
 from cadapter.models.families import Family
 
 SITES = ("block", "mlp", "writes")
+ATTENTION, MLP = 0, 1
+"""The places of a block where something is written to the residual stream."""
 
 Transform = tuple[int, Tensor | None]
 """A code and the [r, r] matrix that positions with this code receive; None is the identity."""
@@ -149,8 +152,8 @@ class ControlledBlock(nn.Module):
         self.fixed: tuple[Tensor | None, Sequence[Transform]] | None = None
         self._pass: _Pass | None = None
         attention, mlp = getattr(block, family.attention), getattr(block, family.mlp)
-        attention.register_forward_hook(self._after_attention)
-        mlp.register_forward_hook(self._after_mlp)
+        attention.register_forward_hook(partial(self._after, ATTENTION))
+        mlp.register_forward_hook(partial(self._after, MLP))
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the block has, such as the ``attention_type`` that some models read from their layers."""
@@ -225,25 +228,18 @@ class ControlledBlock(nn.Module):
             delta = delta * keep_mask(state.dropout_rows, 2 * self.adapter.layer + place, delta.shape, rate)
         return self.adapter(delta, state.codes, state.transforms)
 
-    def _after_attention(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _after(self, place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Forward hook of the block's two modules: note what is written, or change it, as the site says."""
         if self._pass is None:
             return None
         written = output[0] if isinstance(output, tuple) else output
-        if self.adapter.settings.site == "block":
-            self._pass.written.append(written)
-        if self.adapter.settings.site != "writes":
-            return None
-        changed = (written.float() + self._change(self._pass, written, 0)).to(written.dtype)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    def _after_mlp(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if self._pass is None:
-            return None
-        written = output[0] if isinstance(output, tuple) else output
-        if self.adapter.settings.site == "block":
+        site = self.adapter.settings.site
+        if site == "block":
             self._pass.written.append(written)
             return None
-        changed = (written.float() + self._change(self._pass, written, 1)).to(written.dtype)
+        if site == "mlp" and place != MLP:
+            return None
+        changed = (written.float() + self._change(self._pass, written, place)).to(written.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 

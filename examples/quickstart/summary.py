@@ -38,8 +38,10 @@ def main() -> None:
     for record in records:
         if "contrast" in record:
             share = f"{100 * record['sign_share']:.0f} %"
-            print(f"contrast {record['contrast']:.3f} ± {record['contrast_se']:.3f} nats per token; {share} of the")
-            print("documents' registers are told by which of +1 and -1 gives them the lower loss (chance: 50 %)")
+            print(f"Contrast at ±1: {record['contrast']:.3f} ± {record['contrast_se']:.3f} nats per token.")
+            print(
+                f"{share} of the held-out stories get the lower loss at their own register's strength (chance: 50 %)."
+            )
 
 
 if __name__ == "__main__":

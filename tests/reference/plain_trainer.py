@@ -76,7 +76,7 @@ class PlainTrainer:
         ids, classes = step.ids[:, 1:], step.classes[:, 1:]
         counted = {c: step.trained[:, 1:] & (classes == c) for c in (1, -1)}
         neutral_positions = int((classes == 0).sum())
-        nll, correct = {1: 0.0, -1: 0.0}, 0
+        nll, correct = {1: torch.zeros(()), -1: torch.zeros(())}, 0
         ratios = torch.zeros((), dtype=torch.float64)
         for row in range(len(ids)):
             self.neutral_ratios = []
@@ -95,10 +95,10 @@ class PlainTrainer:
         neutral = ratios / (len(self.factors) * neutral_positions) if neutral_positions else ratios
         norm, lr = self._update(cross_entropy + self.settings.neutral * neutral)
         return {
-            "loss": float(cross_entropy),
-            "loss_pos": float(nll[1]) / max(count[1], 1),
-            "loss_neg": float(nll[-1]) / max(count[-1], 1),
-            "loss_neutral": float(neutral),
+            "loss": float(cross_entropy.detach()),
+            "loss_pos": float(nll[1].detach()) / max(count[1], 1),
+            "loss_neg": float(nll[-1].detach()) / max(count[-1], 1),
+            "loss_neutral": float(neutral.detach()),
             "top1_accuracy": correct / (count[1] + count[-1]),
             "grad_norm": norm,
             "lr": lr,
