@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cadapter.adapters.control import ControlAdapter, ControlSettings
 from cadapter.models.layers import CarrierFormat, HeadInputs
 from cadapter.models.loading import CausalLM
+from cadapter.training.recompute import Recompute
 from cadapter.training.stages import StageBuilder, adapters_of
 from tests.reference.controlled_model import Controlled
 from tests.tiny_models import LAYERS
@@ -27,12 +28,13 @@ def builder(
     settings: ControlSettings = SETTINGS,
     adapted: Sequence[int] = ALL_LAYERS,
     carrier: CarrierFormat = CarrierFormat(),
-    recompute: Callable[[int], bool] = lambda _layer: False,
+    recompute_every: int = 0,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> StageBuilder:
-    """A builder of a model's pipeline layers."""
-    return StageBuilder(CausalLM(directory, dtype, attention=attention), adapted, settings, 0, carrier, recompute)
+    """A builder of a model's pipeline layers; ``recompute_every`` 0: nothing is recomputed, n: every nth block."""
+    model = CausalLM(directory, dtype, attention=attention)
+    return StageBuilder(model, adapted, settings, 0, carrier, Recompute(recompute_every))
 
 
 def randomise(adapters: Sequence[ControlAdapter], spectral: float = 0.5) -> None:

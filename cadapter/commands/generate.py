@@ -182,7 +182,7 @@ def _show(prompt: str, texts: dict[str, str]) -> None:
     note(f"--- prompt ---\n{prompt}")
     screen = console()
     if len(texts) > 1 and screen.is_terminal and screen.width >= NARROWEST_FOR_COLUMNS:
-        table("", list(texts), [list(texts.values())], align="l" * len(texts))
+        table("", list(texts), [[text.strip() for text in texts.values()]], align="l" * len(texts))
         return
     for label, text in texts.items():
         heading = f"--- {label} ---"

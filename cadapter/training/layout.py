@@ -94,7 +94,7 @@ def stage_bounds(method: str, stages: int, layer_bytes: Sequence[int], trainable
         trainable: trained parameters of each pipeline layer.
 
     Raises:
-        UsageError: more stages than layers, or a type that matches none.
+        UsageError: more stages than layers, or a type that is no regular expression or matches none.
     """
     count = len(layer_bytes)
     if stages > count:
@@ -107,7 +107,10 @@ def stage_bounds(method: str, stages: int, layer_bytes: Sequence[int], trainable
     elif method == "parameters":
         weights = [float(number) for number in trainable]
     else:
-        pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
+        try:
+            pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
+        except re.error as error:
+            raise UsageError(f"partition_method = {method!r} holds no regular expression: {error}.") from error
         kinds = [LAYER_KINDS[0], *[LAYER_KINDS[1]] * (count - 2), LAYER_KINDS[2]]
         weights = [float(bool(pattern.search(kind))) for kind in kinds]
         if not any(weights):

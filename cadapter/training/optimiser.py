@@ -71,10 +71,13 @@ class Optimiser:
         """Take over a state that :meth:`state` gave; names of other stages' parameters are passed over.
 
         Raises:
-            UsageError: a moment of a parameter is missing or has another shape.
+            UsageError: a moment of a parameter or the count of steps is missing, or a moment has another shape.
         """
         if self._adam is None or not tensors:
             return
+        if "steps" not in tensors:
+            raise UsageError("The checkpoint's optimiser state does not fit: steps.")
+        group = self._adam.param_groups[0]
         for name, parameter in self.parameters.items():
             state = self._adam.state[parameter]
             for moment in MOMENTS:
@@ -85,6 +88,7 @@ class Optimiser:
                     raise UsageError(f"The checkpoint's optimiser state does not fit: {name}.{moment}.")
                 else:
                     state[moment] = saved.to(parameter.device, parameter.dtype, copy=True)
-        group = self._adam.param_groups[0]
+            if state["kahan_comp"] is not None:
+                group["kahan_sum"] = True  # optimi decides this where it makes a state, which it does not here
         group["setup"] = True
         group["step"] = tensors["steps"].to(torch.int32).clone()

@@ -107,7 +107,8 @@ def save_checkpoint(
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
         write_json(temporary / MANIFEST_FILE, manifest)
     for old in _in_order(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != target:  # damaged ones with later steps may be there, which the run has yet to reach again
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 

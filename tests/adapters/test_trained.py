@@ -82,7 +82,9 @@ def test_norms_and_decay_are_those_of_the_full_matrix():
         "train/weight_decay_avg": (before - after).mean(),
         "train/weight_decay_max": (before - after).max(),
     }
-    assert metrics == {name: pytest.approx(float(value), rel=1e-5, abs=1e-6) for name, value in expected_metrics.items()}
+    assert metrics == {
+        name: pytest.approx(float(value), rel=1e-5, abs=1e-6) for name, value in expected_metrics.items()
+    }
 
 
 def test_without_decay_nothing_moves():

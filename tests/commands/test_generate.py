@@ -21,7 +21,7 @@ from cadapter.adapters.strengths import neumann_note
 from cadapter.algebra import health
 from cadapter.cli import app
 from cadapter.errors import UsageError
-from cadapter.models.generation import encode_prompt
+from cadapter.models.generation import Sampling, continuation, encode_prompt
 from tests.steered_models import make_adapter, make_model, rewrite_weights
 from tests.tiny_models import HIDDEN
 from tests.tiny_tokenizer import make_tokenizer
@@ -118,6 +118,19 @@ def test_defaults_that_a_model_brings_along_do_not_sample(base, tmp_path):
     sampled = texts(generate(copy, PROMPT))["base"]
     assert sampled == texts(generate(base, PROMPT))["base"]
     assert sampled != texts(generate(base, PROMPT, "--temperature", "0"))["base"]
+
+
+def test_tokens_are_drawn_from_the_whole_distribution(base):
+    """First tokens at a temperature that makes all of them likely, against one draw from the softmax."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    ids = encode_prompt(tokenizer, PROMPT)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, -1]
+    for seed in range(8):
+        torch.manual_seed(seed)
+        drawn = torch.multinomial((logits / 5).softmax(-1), 1)
+        sampling = Sampling(max_new_tokens=1, temperature=5.0, seed=seed)
+        assert continuation(model, tokenizer, ids, sampling) == tokenizer.decode(drawn[0], skip_special_tokens=True)
 
 
 def test_a_small_top_p_is_the_most_probable_token(base):

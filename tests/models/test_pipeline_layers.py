@@ -76,9 +76,7 @@ def test_logits_and_loss_are_hugging_faces(tiny_model, name, attention):
     logits = logits_of(outputs.hidden, outputs.weight)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
     weights = torch.ones(ids.numel())
-    total, _ = weighted_cross_entropy(
-        outputs.hidden.flatten(0, 1), outputs.weight, shifted(ids).flatten(), weights
-    )
+    total, _ = weighted_cross_entropy(outputs.hidden.flatten(0, 1), outputs.weight, shifted(ids).flatten(), weights)
     torch.testing.assert_close(total / (ROWS * (TOKENS - 1)), expected.loss, rtol=1e-5, atol=0)
 
 
@@ -155,9 +153,8 @@ def test_recomputation_changes_nothing(tiny_model, name, site):
     """Bit-equal outputs and gradients with every, every other and no block recomputed; dropout and penalty are on."""
     settings = ControlSettings(RANK, 2.0, site, dropout=0.2)
     carrier = CarrierFormat(penalty=True, dropout=True)
-    choices = (lambda _layer: False, lambda _layer: True, lambda layer: layer % 2 == 0)
     kept, full, some = (
-        gradients(builder(tiny_model(name), settings, carrier=carrier, recompute=choice)) for choice in choices
+        gradients(builder(tiny_model(name), settings, carrier=carrier, recompute_every=every)) for every in (0, 1, 2)
     )
     assert len(kept) == 2 + 2 * LAYERS
     for one, two, three in zip(kept, full, some, strict=True):
@@ -169,15 +166,15 @@ def test_recomputation_changes_nothing(tiny_model, name, site):
 def test_recomputation_keeps_less(tiny_model):
     """What autograd keeps of a recomputed pipeline is a fraction: recomputation really happens."""
 
-    def kept_bytes(recompute: bool) -> int:
-        layers = layers_of(builder(tiny_model("llama"), recompute=lambda _layer: recompute))
+    def kept_bytes(recompute_every: int) -> int:
+        layers = layers_of(builder(tiny_model("llama"), recompute_every=recompute_every))
         ids, classes = random_tokens(ROWS, TOKENS, VOCAB), random_classes(ROWS, TOKENS)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):  # type: ignore[func-returns-value]
             run_layers(layers, ids, classes)
         return sum(sizes)
 
-    assert kept_bytes(True) < 0.25 * kept_bytes(False)
+    assert kept_bytes(1) < 0.25 * kept_bytes(0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3-windows"])

@@ -28,7 +28,7 @@ def save(directory: Path, step: int, keep: int = 3) -> Path:
     position = Position(step=step, tokens=10 * step, seconds=1.5, best_loss=2.5, evaluated=step, skipped=1)
 
     def adapter(target: Path) -> None:
-        (target / "adapter_model.safetensors").write_bytes(bytes([step]) * 100)
+        (target / "adapter_model.safetensors").write_bytes(bytes([step % 256]) * 100)
 
     return save_checkpoint(directory, position, FACTS, moments, adapter, keep)
 
@@ -49,6 +49,12 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-000020", "step-1000000"]
     assert newest_checkpoint(tmp_path) == (tmp_path / "step-1000000", [])
+
+
+def test_a_new_checkpoint_is_kept_where_later_ones_are_damaged(tmp_path: Path) -> None:
+    (save(tmp_path, 20) / "state.json").unlink()
+    path = save(tmp_path, 15, keep=1)
+    assert newest_checkpoint(tmp_path)[0] == path
 
 
 def test_no_checkpoint_and_no_directory(tmp_path: Path) -> None:

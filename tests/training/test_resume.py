@@ -1,0 +1,204 @@
+"""Stopping and going on: a run that was stopped and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_project import Project, command, environment, listing, metrics, run, run_well
+
+KEYS: dict[str, Any] = {
+    "kinds": ("positive", "negative", "neutral"), "control_class0_lambda": 0.5, "lora_dropout": 0.1, "max_steps": 20,
+    "gradient_accumulation_steps": 8, "eval_fraction": 0.1, "evals_per_run": 5, "checkpoint_interval_steps": 5,
+}  # fmt: skip
+STAGES = {1: {}, 2: {"pipeline_stages": 2}}
+"""By number of processes."""
+
+
+def checkpoints(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
+
+
+def stop(run_directory: Path, process: subprocess.Popen[str], ready: Callable[[], bool], number: int) -> tuple[int, str]:
+    """Send a signal to the command as soon as ``ready``; return its exit code and what it said.
+
+    No process of the command may be left.
+    """
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the run does not come so far"
+        time.sleep(0.005)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    return process.returncode, errors
+
+
+def start(config: Path, processes: int, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("train", config, "--num-gpus", processes, *options),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All that must be equal bit for bit: everything but what a clock says."""
+    clock = ("seconds", "train/tokens_per_second")
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    for kind in ("train", "eval"):
+        assert without_time(metrics(one, kind)) == without_time(metrics(other, kind))
+    for part in ("final", "best", "checkpoints/step-000020"):
+        first, second = (load_file(directory / part / "adapter_model.safetensors") for directory in (one, other))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    moments = [load_file(directory / "checkpoints/step-000020/optimizer.safetensors") for directory in (one, other)]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+
+
+@pytest.fixture(scope="session")
+def straight(project: Project) -> Path:
+    """20 steps without a stop, on one process."""
+    run_well("train", project.write_config("straight", **KEYS))
+    return project.root / "straight"
+
+
+def stopped_and_resumed(project: Project, processes: int, number: int, code: int) -> Path:
+    name = f"stopped-{processes}"
+    config = project.write_config(name, **{**KEYS, **STAGES[processes]})
+    directory = project.root / name
+    process = start(config, processes)
+    got, errors = stop(directory, process, lambda: "step-000010" in checkpoints(directory), number)
+    assert got == code, errors
+    last = metrics(directory)[-1]["step"]
+    assert 10 <= last < 20
+    assert errors.strip().splitlines() == [f"Stopped after step {last}; a checkpoint is saved."]
+    assert f"step-{last:06d}" in checkpoints(directory)
+    done = run_well("train", config, "--num-gpus", processes, "--resume-from-checkpoint")
+    assert f"step-{last:06d}" in done.stdout
+    return directory
+
+
+@pytest.mark.processes
+def test_a_terminated_run_goes_on_bit_for_bit(project: Project, straight: Path) -> None:
+    assert_equal_runs(straight, stopped_and_resumed(project, 1, signal.SIGTERM, 143))
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_same_on_two_stages_under_the_launcher(project: Project) -> None:
+    config = project.write_config("straight-2", **KEYS, pipeline_stages=2)
+    run_well("train", config, "--num-gpus", 2)
+    assert_equal_runs(project.root / "straight-2", stopped_and_resumed(project, 2, signal.SIGTERM, 143))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_saves_and_a_request_to_save_stops_nothing(project: Project, processes: int) -> None:
+    keys = {**KEYS, **STAGES[processes], "checkpoint_interval_steps": None, "max_steps": 4000, "epochs": 1000}
+    config = project.write_config(f"asked-{processes}", **{**keys, "evals_per_run": 1, "max_checkpoints": 9})
+    directory = project.root / f"asked-{processes}"
+    process = start(config, processes)
+    deadline = time.monotonic() + 120
+    while not (directory / "metrics.jsonl").is_file() or not metrics(directory):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    code, errors = stop(directory, process, lambda: len(checkpoints(directory)) == 1, signal.SIGINT)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    first, second = checkpoints(directory)
+    assert first < second
+
+
+@pytest.mark.processes
+def test_a_damaged_newest_checkpoint_is_passed_over(own_project: Project, straight: Path) -> None:
+    config = own_project.write_config("straight", **KEYS)
+    run_well("train", config)
+    directory = own_project.root / "straight"
+    damaged = directory / "checkpoints" / "step-000020" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    done = run_well("train", config, "--resume-from-checkpoint")
+    assert f"{damaged.parent} is passed over: optimizer.safetensors is damaged" in done.stderr
+    assert "step-000015" in done.stdout
+    assert_equal_runs(straight, directory)
+
+    for path in (directory / "checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    before = listing(own_project.root)
+    done = run("train", config, "--resume-from-checkpoint")
+    assert done.returncode == 2
+    assert "No checkpoint can be resumed from" in done.stderr
+    assert listing(own_project.root) == before
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ("sequence_len=128", ("sequence_len: 64 in the checkpoint, 128 now",)),
+        ("micro_batch_size=2", ("sequences per step: 8 in the checkpoint, 16 now",)),
+        ("lora_rank=8", ("lora_rank: 4 in the checkpoint, 8 now",)),
+        ("max_steps=20", ("is the end of this run already: 20 of 20 steps",)),
+    ],
+)
+def test_a_changed_run_is_not_resumed(project: Project, straight: Path, change: str, values: tuple[str, ...]) -> None:
+    before = listing(straight)
+    done = run("train", project.root / "straight.toml", "--resume-from-checkpoint", "--set", change)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for value in values:
+        assert value in done.stderr
+    assert listing(straight) == before
+
+
+@pytest.mark.processes
+def test_changed_data_are_not_resumed_and_more_epochs_are(own_project: Project) -> None:
+    keys = {**KEYS, "max_steps": None, "micro_batch_size": 8, "evals_per_run": 1}
+    config = own_project.write_config("longer", **keys)
+    directory = own_project.root / "longer"
+    run_well("train", config)
+    steps = metrics(directory)[-1]["step"]
+
+    texts = own_project.root / "positive.jsonl"
+    original = texts.read_bytes()
+    with open(texts, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "one more text"}) + "\n")
+    before = listing(directory)
+    done = run("train", config, "--resume-from-checkpoint", "--set", "epochs=2")
+    assert done.returncode == 2
+    assert "training data: '" in done.stderr
+    assert listing(directory) == before
+
+    texts.write_bytes(original)
+    run_well("train", config, "--resume-from-checkpoint", "--set", "epochs=2")
+    assert [line["step"] for line in metrics(directory)] == list(range(1, 2 * steps + 1))
+    assert (directory / "epoch2").is_dir()
+    twice = own_project.write_config("twice", **{**keys, "epochs": 2})
+    run_well("train", twice)
+    names = ("train/loss", "train/grad_norm")
+    for one, other in zip(metrics(directory), metrics(own_project.root / "twice"), strict=True):
+        assert [one[name] for name in names] == [other[name] for name in names]
+
+
+@pytest.mark.processes
+def test_resuming_without_a_checkpoint_starts_afresh_and_says_so(own_project: Project) -> None:
+    config = own_project.write_config("fresh", **{**KEYS, "max_steps": 2})
+    done = run_well("train", config, "--resume-from-checkpoint")
+    assert "No checkpoint to resume from: starting afresh." in done.stdout
+    assert [line["step"] for line in metrics(own_project.root / "fresh")] == [1, 2]
