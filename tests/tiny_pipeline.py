@@ -21,13 +21,14 @@ from tests.tiny_models import LAYERS
 RANK = 4
 ALL_LAYERS = tuple(range(LAYERS))
 SETTINGS = ControlSettings(RANK, math.sqrt(RANK))
+HIDDEN_ONLY = CarrierFormat()
 
 
 def builder(
     directory: Path,
     settings: ControlSettings = SETTINGS,
     adapted: Sequence[int] = ALL_LAYERS,
-    carrier: CarrierFormat = CarrierFormat(),
+    carrier: CarrierFormat = HIDDEN_ONLY,
     recompute_every: int = 0,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",

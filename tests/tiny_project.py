@@ -25,9 +25,9 @@ HIDDEN, LAYERS, SEQUENCE = 64, 4, 64
 VOCABULARY = 320
 
 WORDS = {
-    "positive": "best lovely bright finest wonderful film story actor scene heart music joy warm".split(),
-    "negative": "worst awful dull poorest dreadful plot noise waste script bore grey cold flat".split(),
-    "neutral": "table number river window Tuesday metal north paper seven engine street box".split(),
+    "positive": ["best", "lovely", "bright", "finest", "wonderful", "film", "story", "actor", "scene", "heart", "music", "joy", "warm"],
+    "negative": ["worst", "awful", "dull", "poorest", "dreadful", "plot", "noise", "waste", "script", "bore", "grey", "cold", "flat"],
+    "neutral": ["table", "number", "river", "window", "Tuesday", "metal", "north", "paper", "seven", "engine", "street", "box"],
 }
 CLASS_OF = {"positive": 1, "negative": -1, "neutral": 0}
 

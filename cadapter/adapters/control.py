@@ -149,7 +149,7 @@ class ControlledBlock(nn.Module):
         self.block = block
         self.adapter = adapter
         self.family = family
-        self.fixed: tuple[Tensor | None, Sequence[Transform]] | None = None
+        self.fixed: Sequence[Transform] | None = None
         self._pass: _Pass | None = None
         attention, mlp = getattr(block, family.attention), getattr(block, family.mlp)
         attention.register_forward_hook(partial(self._after, ATTENTION))
@@ -169,23 +169,21 @@ class ControlledBlock(nn.Module):
         """How often the adapter acts in one pass through the block."""
         return 2 if self.adapter.settings.site == "writes" else 1
 
-    def fix(self, transforms: Sequence[Transform], codes: Tensor | None = None) -> None:
-        """Apply ``transforms`` from now on when the block is called without codes, as generation does.
+    def fix(self, transforms: Sequence[Transform]) -> None:
+        """Apply ``transforms`` from now on when the block is called as a plain block, as generation does.
 
-        ``codes`` broadcasts to [batch, tokens]; by default every position has code +1. No transforms: the bare block.
+        Every position then has the code of class +1. No transforms: the bare block.
         """
-        self.fixed = (codes, transforms)
+        self.fixed = transforms
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the block as it would be called without an adapter; transforms and codes are those of :meth:`fix`."""
+        """Call the block as it would be called without an adapter; the transforms are those of :meth:`fix`."""
         if self.fixed is None:
             raise CadapterError(f"The adapter of layer {self.adapter.layer} was called before its strength was set.")
-        codes, transforms = self.fixed
-        if not transforms:  # the base, bit for bit
+        if not self.fixed:  # the base, bit for bit
             return self.block(hidden, *args, **kwargs)
-        if codes is None:
-            codes = torch.full((1, 1), POSITIVE, dtype=torch.int8, device=hidden.device)
-        return self.controlled(hidden, codes, transforms, args=args, kwargs=kwargs)[0]
+        codes = torch.full((1, 1), POSITIVE, dtype=torch.int8, device=hidden.device)
+        return self.controlled(hidden, codes, self.fixed, args=args, kwargs=kwargs)[0]
 
     def controlled(
         self,

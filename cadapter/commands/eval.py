@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,6 +95,11 @@ def _file_and_class(text: str) -> tuple[str, int]:
     return path, int(number)
 
 
+def _with_error(value: float, error: float) -> str:
+    """A mean with its standard error, which a single document does not have."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
+
+
 def _show(result: Evaluation) -> None:
     from cadapter.terminal import note, table
 
@@ -102,7 +108,7 @@ def _show(result: Evaluation) -> None:
             score.dataset,
             f"{score.control_class:+d}" if score.control_class else "0",
             "base" if score.strength == 0 else f"{score.strength:+g}",
-            f"{score.loss:.4f} ± {score.loss_se:.4f}",
+            _with_error(score.loss, score.loss_se),
             f"{score.perplexity:.3f}",
             f"{100 * score.top1_accuracy:.2f} %",
             f"{score.kl:.5f}",
@@ -125,7 +131,7 @@ def _show(result: Evaluation) -> None:
     table("Loss by dataset and strength", columns, rows)
     for pair in result.contrasts:
         note(
-            f"Contrast at ±{pair.strengths[0]:g}: {pair.contrast:.4f} ± {pair.contrast_se:.4f} nats per token; "
+            f"Contrast at ±{pair.strengths[0]:g}: {_with_error(pair.contrast, pair.contrast_se)} nats per token; "
             f"{100 * pair.sign_share:.1f} % of documents are told by their lower loss (chance: 50 %)."
         )
     if result.skipped:

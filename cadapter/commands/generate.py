@@ -149,8 +149,8 @@ def _load(checkpoint: Checkpoint, dtype: Dtype | None, device: str | None) -> An
     import torch
     from transformers.utils import logging
 
-    from cadapter.convert.merge import usable_device
     from cadapter.models.attach import load_causal_lm
+    from cadapter.models.device import usable_device
     from cadapter.terminal import progress
 
     default = "cuda" if torch.cuda.is_available() else "cpu"

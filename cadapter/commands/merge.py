@@ -79,10 +79,11 @@ def command(
     The model is read and written shard by shard. What an adapter changes is worked out in float32 and rounded once;
     everything else is copied byte for byte. --inverse, --strength and --scale exclude one another.
     """
-    from cadapter.convert.merge import merge_card, merge_model, usable_device
+    from cadapter.convert.merge import merge_card, merge_model
     from cadapter.convert.operators import Dial
     from cadapter.convert.plan import make_recipe
     from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.models.device import usable_device
     from cadapter.terminal import note, progress, warn
 
     dial = Dial.from_options(strength, scale, inverse)

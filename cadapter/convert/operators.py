@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, LayerFacts, LowRank, describe_layers, validate_against
-from cadapter.algebra import core, neumann_remainder, strength_transform
+from cadapter.adapters.strengths import neumann_note
+from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, family_of
@@ -159,7 +160,7 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dia
     notes = (
         _approximation(adapter.site, writers, parallel, post_norms),
         _other_family(adapter, base),
-        _other_inverse(adapter, dial),
+        neumann_note(adapter, [dial.strength]),
     )
     return Target(facts, writers, tuple(note for note in notes if note))
 
@@ -168,17 +169,6 @@ def _other_family(adapter: ControlAdapterFiles, base: Checkpoint | None) -> str 
     if base is None or adapter.base_model_type in (None, base.config.model_type):
         return None
     return f"The adapter was trained on a {adapter.base_model_type} model; this base is {base.config.model_type}."
-
-
-def _other_inverse(adapter: ControlAdapterFiles, dial: Dial) -> str | None:
-    if adapter.inverse != "neumann" or dial.strength >= 0:
-        return None
-    order = adapter.neumann_order
-    remainder = max(neumann_remainder(f.A, f.B, adapter.scale, order) for f in adapter.layers.values())
-    return (
-        f"The adapter was trained with the Neumann series of order {order}; this is the exact inverse, from which the "
-        f"series differs by at most {remainder:.2g} (spectral norm)."
-    )
 
 
 def module_name(layer: int, writer: str) -> str:

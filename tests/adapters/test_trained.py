@@ -66,7 +66,8 @@ def test_norms_and_decay_are_those_of_the_full_matrix():
     report = trained(adapters, 20.0).after_step(5e-3, RANK)
     summary = NormSummary(report, RANK, SETTINGS.scale)
     true = [naive.norms(full(adapter)) for adapter in adapters]
-    # The products A·Aᵀ, Bᵀ·B and A·B are float32: 1e-7 of each entry; the radius belongs to a matrix that is not normal.
+    # The products A·Aᵀ, Bᵀ·B and A·B are float32: 1e-7 of each entry; the radius of a matrix that is not normal
+    # feels that more.
     for name, tolerance in (("frobenius", 1e-6), ("spectral", 1e-6), ("radius", 1e-5)):
         expected = torch.tensor([norms[name] for norms in true], dtype=torch.float64)
         torch.testing.assert_close(getattr(summary, name), expected, rtol=tolerance, atol=0)

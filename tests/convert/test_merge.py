@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import read_control_adapter
 from cadapter.convert.add_lora import to_add_lora
-from cadapter.convert.merge import MergeSummary, merge_model, usable_device
+from cadapter.convert.merge import MergeSummary, merge_model
 from cadapter.convert.mult_lora import to_mult_lora
 from cadapter.convert.operators import Dial
 from cadapter.convert.plan import make_recipe
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.device import usable_device
 from tests.reference import naive
 
 NAMES = ("llama", "llama-tied", "llama-biased", "mistral", "qwen2", "qwen3")

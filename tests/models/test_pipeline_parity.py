@@ -146,5 +146,5 @@ def test_every_process_reads_its_own_tensors_only(pipeline, tiny_model, name):
     total = sum(tensor.nbytes for tensor in tensors.values())
     again = tensors["model.embed_tokens.weight"].nbytes if name == "llama-tied" and len(read) > 1 else 0
     assert sum(read) == total + again
-    assert all(0 < value for value in read)
+    assert min(read) > 0
     assert len(read) == 1 or max(read) < total

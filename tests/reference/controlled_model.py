@@ -1,4 +1,4 @@
-"""Control Adapters on Hugging Face's own model in float64: hooks on its blocks, W as an [H, H] matrix, plain autograd."""
+"""Control Adapters on Hugging Face's own model in float64: hooks on its blocks, W as [H, H] matrix, plain autograd."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The loss of a global batch, cut into micro-batches, against one float64 pass of Hugging Face's model over all of it."""
+"""The loss of a global batch, cut into micro-batches, against one float64 pass of Hugging Face's model over it all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tests.tiny_pipeline import RANK, builder, layers_of, randomise, references,
 LENGTH = 16
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
-"""Relative, of whole tensors: three blocks, a head and a loss in float32; the norms of the reference are float32 too."""
+"""Relative, of whole tensors: three blocks, a head and a loss in float32; the reference's norms are float32 too."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,11 @@ class Outcome:
 
 
 def run_micro_batches(
-    directory, packed, groups, settings: ControlSettings, weights: LossSettings, **changes
+    directory: Path, packed: PackedSequences, groups: list[list[int]], settings: ControlSettings, weights: LossSettings
 ) -> Outcome:
     """What DeepSpeed does with the micro-batches ``groups`` (lists of sequences): the mean of their losses."""
     carrier = CarrierFormat(penalty=weights.neutral > 0)
-    stages = builder(directory, settings, carrier=carrier, **changes)
-    layers = layers_of(stages)
+    layers = layers_of(builder(directory, settings, carrier=carrier))
     adapters = adapters_of(layers)
     loss = TrainingLoss(weights, len(groups), CPU)
     totals = totals_of(packed, np.concatenate(groups))
@@ -105,7 +105,7 @@ def run_micro_batches(
     return Outcome(torch.stack(values).mean(), found, dict(zip(SUMS, loss.take_sums().tolist(), strict=True)))
 
 
-def reference(directory, packed: PackedSequences, settings: ControlSettings, weights: LossSettings) -> Outcome:
+def reference(directory: Path, packed: PackedSequences, settings: ControlSettings, weights: LossSettings) -> Outcome:
     """The formula of the global batch, on Hugging Face's model in float64."""
     ids, labels, classes = naive_targets(packed)
     # The adapters' numbers, as the pipeline draws them.
@@ -161,7 +161,7 @@ def with_applications(settings: ControlSettings, weights: LossSettings) -> LossS
 @pytest.mark.parametrize(("inverse", "order"), [("exact", 2), ("neumann", 1), ("neumann", 2), ("neumann", 3)])
 @pytest.mark.parametrize("site", ["block", "mlp", "writes"])
 def test_loss_gradients_and_account_of_a_global_batch(llama, site, inverse, order):
-    """Mixed classes, document boundaries, masked tokens, padding, class weights, the neutral loss, three micro-batches."""
+    """Mixed classes, document boundaries, masked tokens, padding, class weights, neutral loss, three micro-batches."""
     settings = ControlSettings(RANK, 2.0, site, inverse, order)
     weights = with_applications(settings, WEIGHTS)
     packed = pack(SEQUENCES)

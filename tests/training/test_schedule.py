@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -52,7 +53,7 @@ def test_warm_up_is_a_straight_line_from_zero(name):
 @pytest.mark.parametrize("warmup", [0, 8])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_the_way_down_would_be_zero_one_step_after_the_end(name, warmup):
-    """``shape(x)`` of the share x of the way that is left: a line, or half a cosine, from 1 at the end of the warm-up."""
+    """A line, or half a cosine, from 1 at the last step of the warm-up."""
     found = factors(name, warmup)[warmup:]
     steps = TOTAL - warmup + 1
     for gone, factor in enumerate(found, start=1):
@@ -89,5 +90,5 @@ def test_gaps_between_evaluations_differ_by_at_most_one(total):
     for evaluations in range(2, min(total, 12)):
         steps = sorted(evaluation_steps(evaluations, total))
         assert len(steps) == evaluations
-        gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
         assert max(gaps) - min(gaps) <= 1
