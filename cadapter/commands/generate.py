@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadapter.commands.shared_options import Dtype
+
 if TYPE_CHECKING:
     from cadapter.models.checkpoint import Checkpoint
+    from cadapter.models.generation import Sampling
 
 EXAMPLES = (
     'cadapter generate models/llama-8b "Once upon a time" --adapter runs/tone/final --compare',
@@ -23,14 +25,6 @@ NARROWEST_FOR_COLUMNS = 90
 
 _SAMPLING = "How tokens are drawn"
 _PLACE = "Where and how to compute"
-
-
-class Dtype(str, Enum):
-    """What the model's weights are computed with."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def command(
@@ -89,14 +83,8 @@ def command(
     Nothing is merged: the adapter changes what each block adds, at every position, the prompt's included. A
     beginning-of-sequence token is put before the prompt where the tokenizer has one and does not do so itself.
     """
-    from cadapter.adapters.directory import read_control_adapter
-    from cadapter.adapters.strengths import layer_transform, neumann_note
-    from cadapter.data import Tokenizer
     from cadapter.errors import UsageError
-    from cadapter.models.attach import SteeredModel, check_fit
-    from cadapter.models.checkpoint import Checkpoint, resolve_model
-    from cadapter.models.generation import Sampling, continuation, encode_prompt
-    from cadapter.terminal import progress, warn
+    from cadapter.models.generation import Sampling
 
     if adapter is None and (compare or strength is not None):
         raise UsageError("--strength and --compare are for an adapter.\nGive its directory: --adapter DIR.")
@@ -104,9 +92,30 @@ def command(
         raise UsageError("--compare shows strengths -1, 0 and +1, and --strength one other: give one of the two.")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _prompt_or_input(prompt)
+    strengths = COMPARED if compare else (1.0 if strength is None else strength,)
+    _show(text, _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device)))
+
+
+def _continuations(
+    model: str,
+    prompt: str,
+    chat: bool,
+    adapter: Path | None,
+    strengths: tuple[float, ...],
+    sampling: Sampling,
+    place: tuple[Dtype | None, str | None],
+) -> dict[str, str]:
+    """What the model writes after the prompt at each strength, by heading; without an adapter the base's text."""
+    from cadapter.adapters.directory import read_control_adapter
+    from cadapter.adapters.strengths import layer_transform, neumann_note
+    from cadapter.data import Tokenizer
+    from cadapter.models.attach import SteeredModel, check_fit
+    from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.models.generation import continuation, encode_prompt
+    from cadapter.terminal import progress, warn
+
     files = read_control_adapter(adapter) if adapter else None
     checkpoint = Checkpoint(resolve_model(model))
-    strengths = COMPARED if compare else (1.0 if strength is None else strength,)
     if files is not None:
         check_fit(files, checkpoint)
         # Refuse an impossible strength before any weight is read.
@@ -114,21 +123,21 @@ def command(
             for t in strengths:
                 layer_transform(files, layer, t)
     tokenizer = Tokenizer(checkpoint.directory).fast
-    ids = encode_prompt(tokenizer, text, chat)
-    causal_lm = _load(checkpoint, dtype, device)
-    for message in (_beyond(causal_lm, ids.shape[1] + max_new_tokens), files and neumann_note(files, strengths)):
+    ids = encode_prompt(tokenizer, prompt, chat)
+    causal_lm = _load(checkpoint, *place)
+    reach = ids.shape[1] + sampling.max_new_tokens
+    for message in (_beyond(causal_lm, reach), files and neumann_note(files, strengths)):
         if message:
             warn(message)
     texts: dict[str, str] = {}
-    with progress("generating", total=max_new_tokens * len(strengths), unit="tokens") as advance:
+    with progress("generating", total=sampling.max_new_tokens * len(strengths), unit="tokens") as advance:
         if files is None:
-            texts["base"] = continuation(causal_lm, tokenizer, ids, sampling, advance)
-        else:
-            steered = SteeredModel(causal_lm, files, strengths[0])
-            for t in strengths:
-                steered.set_strength(t)
-                texts[_label(t)] = continuation(causal_lm, tokenizer, ids, sampling, advance)
-    _show(text, texts)
+            return {"base": continuation(causal_lm, tokenizer, ids, sampling, advance)}
+        steered = SteeredModel(causal_lm, files, strengths[0])
+        for t in strengths:
+            steered.set_strength(t)
+            texts[_label(t)] = continuation(causal_lm, tokenizer, ids, sampling, advance)
+    return texts
 
 
 def _prompt_or_input(prompt: str | None) -> str:

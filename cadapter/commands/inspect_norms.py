@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadapter.commands.conversion_options import AdapterArgument
+from cadapter.commands.shared_options import AdapterArgument
 
 if TYPE_CHECKING:
     from cadapter.adapters.directory import ControlAdapterFiles

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cadapter.commands.conversion_options import (
+from cadapter.commands.shared_options import (
     DIAL_PANEL,
     BaseArgument,
+    Dtype,
     ForceOption,
     OutputArgument,
     StrengthOption,
@@ -22,14 +22,6 @@ EXAMPLES = (
     "cadapter merge models/llama-8b runs/tone/final merged --strength -0.5",
     "cadapter merge models/llama-8b runs/tone/final merged --also runs/style/final=1.5 --dtype bfloat16",
 )
-
-
-class Dtype(str, Enum):
-    """What all weights of the merged model are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def command(

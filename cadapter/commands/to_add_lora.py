@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cadapter.commands.conversion_options import (
+from cadapter.commands.shared_options import (
     AdapterArgument,
     BaseArgument,
     ForceOption,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cadapter.commands.conversion_options import (
+from cadapter.commands.shared_options import (
     AdapterArgument,
     ForceOption,
     InverseOption,

@@ -168,6 +168,7 @@ def test_a_changed_run_is_not_resumed(project: Project, straight: Path, change: 
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_changed_data_are_not_resumed_and_more_epochs_are(own_project: Project) -> None:
     keys = {**KEYS, "max_steps": None, "micro_batch_size": 8, "evals_per_run": 1}
     config = own_project.write_config("longer", **keys)

@@ -56,8 +56,11 @@ def test_an_epoch_has_every_sequence_once(project: Project, finished: Path) -> N
 
 def test_every_step_has_every_number(finished: Path) -> None:
     lines = metrics(finished)
-    for line in lines[:-1]:
-        assert {"step", "epoch", "tokens", "seconds", *NAMES} <= line.keys()
+    # The filled-up last step of an epoch may be without a token of some class, which then has no loss.
+    short = {line["step"] for line in lines if line["step"] % (len(lines) // 2) == 0}
+    for line in lines:
+        missing = {"step", "epoch", "tokens", "seconds", *NAMES} - line.keys()
+        assert not missing or (line["step"] in short and missing <= {"train/loss_pos", "train/loss_neg"})
         assert all(math.isfinite(value) for value in line.values())
     assert lines[0]["train/lr"] == pytest.approx(1e-2 * math.sqrt(0.01 / 1.99))
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(lines, lines[1:], strict=False))

@@ -1,4 +1,4 @@
-"""Options that the converting commands share."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ class WritersChoice(str, Enum):
 
     mlp = "mlp"
     all = "all"
+
+
+class Dtype(str, Enum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a control adapter.")]
