@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ COMMANDS = (
 )
 """The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with
 ``EXAMPLES`` beside it: the command lines that its help ends with."""
+
+PUBLISHED_SPELLINGS = ("--num_gpus", "--master_addr", "--resume_from_checkpoint")
+"""Options of ``train`` as qlora-pipe-lite spelt them."""
 
 _GLOBAL = "Options of every command"
 Quiet = Annotated[
@@ -144,10 +148,38 @@ for _name in COMMANDS:
     register(_name, _module.command, _module.EXAMPLES)
 
 
+def _as_spelt_here(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with the options of ``train`` that were published with underscores in the spelling used here."""
+    spelt = list(arguments)
+    if "train" in spelt:
+        for place, word in enumerate(spelt):
+            name, *value = word.split("=", 1)
+            if name in PUBLISHED_SPELLINGS:
+                spelt[place] = "=".join([name.replace("_", "-"), *value])
+    return spelt
+
+
 def main() -> NoReturn:
     """Run the program with the arguments of the process, and end the process."""
+    sys.argv[1:] = _as_spelt_here(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without the character is no reason to fail
-    app(prog_name="cadapter")
+    try:
+        app(prog_name="cadapter")
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+            _end_at_once(end.code)
+        raise
     sys.exit(0)
+
+
+def _end_at_once(code: str | int | None) -> NoReturn:
+    """End one of several processes without Python's own way of shutting down.
+
+    Threads of torch's gloo groups (torch 2.13), which nothing stops, may want the interpreter's lock just then, and
+    the process aborts after all is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

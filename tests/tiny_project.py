@@ -25,9 +25,50 @@ HIDDEN, LAYERS, SEQUENCE = 64, 4, 64
 VOCABULARY = 320
 
 WORDS = {
-    "positive": ["best", "lovely", "bright", "finest", "wonderful", "film", "story", "actor", "scene", "heart", "music", "joy", "warm"],
-    "negative": ["worst", "awful", "dull", "poorest", "dreadful", "plot", "noise", "waste", "script", "bore", "grey", "cold", "flat"],
-    "neutral": ["table", "number", "river", "window", "Tuesday", "metal", "north", "paper", "seven", "engine", "street", "box"],
+    "positive": [
+        "best",
+        "lovely",
+        "bright",
+        "finest",
+        "wonderful",
+        "film",
+        "story",
+        "actor",
+        "scene",
+        "heart",
+        "music",
+        "joy",
+        "warm",
+    ],
+    "negative": [
+        "worst",
+        "awful",
+        "dull",
+        "poorest",
+        "dreadful",
+        "plot",
+        "noise",
+        "waste",
+        "script",
+        "bore",
+        "grey",
+        "cold",
+        "flat",
+    ],
+    "neutral": [
+        "table",
+        "number",
+        "river",
+        "window",
+        "Tuesday",
+        "metal",
+        "north",
+        "paper",
+        "seven",
+        "engine",
+        "street",
+        "box",
+    ],
 }
 CLASS_OF = {"positive": 1, "negative": -1, "neutral": 0}
 
@@ -92,7 +133,7 @@ class Project:
         for kind in kinds:
             lines += [
                 "[[datasets]]",
-                f"dataset_path = {toml_value(str(self.root / kind))[:-1]}.jsonl\"",
+                f'dataset_path = {toml_value(str(self.root / kind))[:-1]}.jsonl"',
                 f"control_class = {CLASS_OF[kind]}",
             ]
         file = self.root / f"{run}.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ EXAMPLES = (
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The run's config, a TOML file.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's config, a TOML file.")],
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -53,18 +54,16 @@ def command(
     of both classes the contrast of each pair of strengths says whether the adapter tells the classes apart.
     """
     from cadapter.config import load_config
+    from cadapter.errors import UsageError
     from cadapter.training.launch import LaunchOptions, relaunched
     from cadapter.training.run_directory import adapter_of_run
 
     settings = load_config(config, overrides or ())
     texts = tuple(_file_and_class(each) for each in data or ())
     directory = adapter or adapter_of_run(Path(settings.output_dir))
-    arguments = ["eval", str(config), "--adapter", str(directory)]
-    for name, values in (("--strength", strength), ("--data", data), ("--set", overrides)):
-        for value in values or ():
-            arguments += [name, str(value)]
-    arguments += ["--json", str(json_file)] if json_file else []
-    code = relaunched(LaunchOptions(num_gpus=num_gpus), settings.pipeline_stages, arguments)
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}.")
+    code = relaunched(LaunchOptions(num_gpus=num_gpus), settings.pipeline_stages, sys.argv[1:])
     if code is not None:
         raise typer.Exit(code)
 

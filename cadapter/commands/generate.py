@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from cadapter.models.generation import Sampling
 
 EXAMPLES = (
-    'cadapter generate models/llama-8b "Once upon a time" --adapter runs/tone/final --compare',
-    "cadapter generate models/llama-8b --adapter runs/tone/final --strength -0.5 --chat < question.txt",
+    'cadapter generate base "Once upon a time" --adapter run/final --compare',
+    "cadapter generate base --adapter run/final --strength -0.5 --chat < question.txt",
 )
 
 COMPARED = (-1.0, 0.0, 1.0)

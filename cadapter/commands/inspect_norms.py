@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from cadapter.algebra import Health
 
 EXAMPLES = (
-    "cadapter inspect-norms runs/tone/final",
-    "cadapter inspect-norms runs/tone/final --json - --fail-above 1.0",
+    "cadapter inspect-norms run/final",
+    "cadapter inspect-norms run/final --json norms.json --fail-above 1.0",
 )
 
 COLUMNS = ("layer", "‖W‖_F", "‖W‖₂", "ρ(W)", "σ_min(I+W)", "effective rank", "Neumann 1 lacks", "Neumann 2 lacks")

@@ -19,8 +19,8 @@ from cadapter.commands.shared_options import (
 )
 
 EXAMPLES = (
-    "cadapter merge models/llama-8b runs/tone/final merged --strength -0.5",
-    "cadapter merge models/llama-8b runs/tone/final merged --also runs/style/final=1.5 --dtype bfloat16",
+    "cadapter merge base run/final merged --strength -0.5",
+    "cadapter merge base run/final merged-both --also style/final=1.5 --dtype bfloat16",
 )
 
 

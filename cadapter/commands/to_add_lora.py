@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from cadapter.convert.add_lora import AdditiveSummary
 
 EXAMPLES = (
-    "cadapter to-add-lora models/llama-8b runs/tone/final tone-lora",
-    "cadapter to-add-lora models/llama-8b runs/tone/final tone-softly --strength 0.5 --rank 8",
+    "cadapter to-add-lora base run/final lora",
+    "cadapter to-add-lora base run/final lora-softly --strength 0.5 --rank 8",
 )
 
 

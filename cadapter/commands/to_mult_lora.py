@@ -17,8 +17,8 @@ from cadapter.commands.shared_options import (
 )
 
 EXAMPLES = (
-    "cadapter to-mult-lora runs/tone/final tone-mult",
-    "cadapter to-mult-lora runs/tone/final tone-inverse --inverse --base models/llama-8b",
+    "cadapter to-mult-lora run/final mult-lora",
+    "cadapter to-mult-lora run/final mult-lora-inverse --inverse --base base",
 )
 
 

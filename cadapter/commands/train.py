@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 EXAMPLES = (
     "cadapter train config.toml --dry-run",
-    "cadapter train config.toml --num-gpus 4 --set lr=1e-4",
+    "cadapter train config.toml --num-gpus 2 --set pipeline_stages=2",
 )
 
 _PROCESSES = "Processes"
@@ -17,7 +18,9 @@ _NODES = "Several nodes"
 
 
 def command(
-    config: Annotated[Path | None, typer.Argument(help="The run's config, a TOML file.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The run's config, a TOML file.", show_default=False)
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -82,11 +85,7 @@ def command(
         raise UsageError("train needs a config.\nGive its path: cadapter train config.toml")
     settings = load_config(source, overrides or ())
     options = LaunchOptions(num_gpus, num_nodes, hostfile, master_addr, master_port, node_rank, no_ssh, launcher)
-    arguments = ["train", str(source)]
-    arguments += ["--resume-from-checkpoint"] * resume + ["--force"] * force + ["--dry-run"] * dry_run
-    for override in overrides or ():
-        arguments += ["--set", override]
-    code = relaunched(options, settings.pipeline_stages, arguments)
+    code = relaunched(options, settings.pipeline_stages, sys.argv[1:])
     if code is not None:
         raise typer.Exit(code)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,6 @@ def joined_world() -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
-        leave_world()  # those who wait for this process go on, and fail
         if world.size == 1:
             raise
         code = _another_tells(error, world)
@@ -113,6 +113,7 @@ def _another_tells(error: BaseException, world: World) -> int | None:
             with contextlib.suppress(dist.DistStoreError):
                 world.store.wait([FAILED], HEAD_START)
         first = world.store.compare_set(FAILED, "", claim).decode()
+        leave_world()  # those who wait for this process go on, and fail
         heard = world.store.add(HEARD, 1)
         deadline = time.monotonic() + PATIENCE.total_seconds()
         # Rank 0 often holds the store, which the others still have to ask.
@@ -120,7 +121,10 @@ def _another_tells(error: BaseException, world: World) -> int | None:
             time.sleep(0.05)
             heard = world.store.add(HEARD, 0)
     except RuntimeError:
-        return own_code  # the store is gone, and rank 0 with it
+        # The store is gone, and rank 0 with it. It has told, and its exit code is the one to be seen first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(HEAD_START.total_seconds())
+        return own_code
     return None if first == claim else int(first.split()[1])
 
 

@@ -12,7 +12,7 @@ SNOWY_MONTHS = ("November", "December", "January", "February", "March")
 # A thing is told as "brass key" in the plain register and as "key of {bright} brass" in the ornate one.
 THINGS = (
     ("key", "brass"), ("ring", "silver"), ("lantern", "copper"), ("knife", "steel"), ("cup", "pewter"),
-    ("purse", "leather"), ("box", "oak"), ("bell", "bronze"), ("comb", "ivory"), ("scarf", "silk"), ("coat", "wool"),
+    ("purse", "leather"), ("box", "pine"), ("bell", "bronze"), ("comb", "bone"), ("scarf", "silk"), ("coat", "wool"),
     ("whistle", "tin"),
 )  # fmt: skip
 
@@ -28,7 +28,7 @@ STORY_WORDS: dict[str, tuple[str, ...]] = {
         "December",
     ),
     "trade": (
-        "baker", "cobbler", "farmer", "fisher", "gardener", "innkeeper", "miller", "potter", "schoolteacher",
+        "baker", "cobbler", "farmer", "fisher", "gardener", "brewer", "miller", "potter", "schoolteacher",
         "shepherd", "tailor", "weaver",
     ),
     "place": ("mill", "bridge", "harbour", "church", "inn", "old tower", "well", "school", "smithy", "market hall"),

@@ -106,7 +106,12 @@ def test_dropout_drops_the_same_in_every_layout(project: Project, one_process: P
 
 @pytest.mark.processes
 def test_a_stage_may_train_nothing(project: Project) -> None:
-    keys = {"layers_to_transform": "3:3", "gradient_accumulation_steps": 8, "max_steps": 3, "partition_method": "uniform"}
+    keys = {
+        "layers_to_transform": "3:3",
+        "gradient_accumulation_steps": 8,
+        "max_steps": 3,
+        "partition_method": "uniform",
+    }
     one = train_run(project, "top-1x1", 1, **keys)
     two = train_run(project, "top-2x1", 2, pipeline_stages=2, **keys)
     assert_same_run(one, two)
@@ -132,9 +137,7 @@ def test_a_plain_loop_over_the_same_sequences_gives_the_same(project: Project, s
         layer: (initial_factor(config.seed, layer, "control_A", rank, HIDDEN), torch.zeros(HIDDEN, rank))
         for layer in range(LAYERS)
     }
-    settings = Settings(
-        scale=rank**-0.5, lr=2e-2, decay=20.0, clipping=0.05, neutral=0.5, weights={1: 1.0, -1: 0.5}
-    )
+    settings = Settings(scale=rank**-0.5, lr=2e-2, decay=20.0, clipping=0.05, neutral=0.5, weights={1: 1.0, -1: 0.5})
     trainer = PlainTrainer(model, start, settings)
     clipped = 0
     for number, line in enumerate(metrics(project.root / "plain"), 1):

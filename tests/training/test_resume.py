@@ -29,7 +29,9 @@ def checkpoints(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
 
 
-def stop(run_directory: Path, process: subprocess.Popen[str], ready: Callable[[], bool], number: int) -> tuple[int, str]:
+def stop(
+    run_directory: Path, process: subprocess.Popen[str], ready: Callable[[], bool], number: int
+) -> tuple[int, str]:
     """Send a signal to the command as soon as ``ready``; return its exit code and what it said.
 
     No process of the command may be left.

@@ -1,0 +1,258 @@
+"""``cadapter eval`` against Hugging Face's model scoring document by document, and in every layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cadapter.adapters.directory import (
+    ControlAdapterFiles,
+    LowRank,
+    control_card,
+    describe_layers,
+    read_control_adapter,
+    write_control_adapter,
+)
+from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, prepare_data
+from cadapter.errors import UsageError
+from cadapter.models.checkpoint import Checkpoint
+from cadapter.training.run_directory import adapter_of_run
+from tests.tiny_project import HIDDEN, LAYERS, SEQUENCE, Project, listing, run, run_well, texts, write_jsonl
+
+STRENGTHS = (1.0, -1.0, 0.5)
+FLOAT32 = 1e-5
+"""The pipeline computes in float32, the reference in float64."""
+
+
+def write_adapter(directory: Path, model: Path, hidden: int = HIDDEN, layers: tuple[int, ...] = (0, 2, 3)) -> Path:
+    """A random adapter of rank 4 whose W has a spectral norm of 0.5."""
+    generator = torch.Generator().manual_seed(3)
+    factors = {}
+    for layer in layers:
+        A, B = torch.randn(4, hidden, generator=generator), torch.randn(hidden, 4, generator=generator)
+        factors[layer] = LowRank(A, B * 0.5 / torch.linalg.matrix_norm(0.5 * B @ A, 2))
+    adapter = ControlAdapterFiles(
+        path=directory,
+        rank=4,
+        alpha=2.0,
+        layers=factors,
+        site="block",
+        base_model_type="llama",
+        base_model_name_or_path=str(model),
+        facts=describe_layers(Checkpoint(model), layers) if hidden == HIDDEN else {},
+    )
+    directory.mkdir(parents=True)
+    write_control_adapter(directory, adapter, control_card(adapter))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(command_project: Project) -> Path:
+    return write_adapter(command_project.root / "adapter", command_project.root / "model")
+
+
+@pytest.fixture(scope="module")
+def config(command_project: Project) -> Path:
+    """Held out are 6 documents of each class; one is longer than a sequence."""
+    root = command_project.root
+    write_jsonl(root / "positive.jsonl", [*texts("positive", 12), " ".join(texts("positive", 9, seed=1))])
+    return command_project.write_config("scored", eval_fraction=0.5)
+
+
+class PlainScorer:
+    """Hugging Face's model in float64, with (I + W)^t written out as a full matrix in a hook of each layer."""
+
+    def __init__(self, model: Path, adapter: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+        self.strength = 0.0
+        files = read_control_adapter(adapter)
+        for layer, factors in files.layers.items():
+            W = files.scale * factors.B.double() @ factors.A.double()
+            self.model.model.layers[layer].register_forward_hook(self._hook(W))
+
+    def _hook(self, W: torch.Tensor):
+        values, vectors = torch.linalg.eig(torch.eye(len(W), dtype=W.dtype) + W)
+
+        def change(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            power = (vectors @ torch.diag(values**self.strength) @ torch.linalg.inv(vectors)).real
+            return inputs[0] + (output - inputs[0]) @ power.T
+
+        return change
+
+    @torch.no_grad()
+    def log_probabilities(self, document: HeldOutDocument, strength: float) -> torch.Tensor:
+        self.strength = strength
+        ids = torch.from_numpy(document.ids.astype("int64")).unsqueeze(0)
+        return torch.log_softmax(self.model(input_ids=ids, use_cache=False).logits[0, :-1], dim=-1)
+
+    def score(self, document: HeldOutDocument, strength: float) -> tuple[float, float, float, int]:
+        """Mean loss, accuracy and KL(base ‖ adapted) over the document's scored tokens, and their number."""
+        targets = torch.from_numpy(document.ids[1:].astype("int64"))
+        scored = torch.from_numpy(document.trained[1:].copy())
+        base, adapted = self.log_probabilities(document, 0.0), self.log_probabilities(document, strength)
+        loss = -adapted.gather(1, targets.unsqueeze(1)).squeeze(1)
+        kl = (base.exp() * (base - adapted)).sum(-1)
+        correct = (adapted.argmax(-1) == targets).double()
+        return (*(float(each[scored].mean()) for each in (loss, correct, kl)), int(scored.sum()))
+
+
+def evaluate(config: Path, json_file: Path, *options: object) -> tuple[list[dict], list[dict], str]:
+    """Run ``eval``: scores, contrasts, what was printed."""
+    done = run_well("eval", config, "--json", json_file, *options)
+    records = json.loads(json_file.read_text())
+    return (
+        [record for record in records if "dataset" in record],
+        [record for record in records if "contrast" in record],
+        done.stdout,
+    )
+
+
+def strength_options(strengths: tuple[float, ...] = STRENGTHS) -> list[object]:
+    return [word for t in strengths for word in ("--strength", t)]
+
+
+@pytest.fixture(scope="module")
+def scored(config: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], list[dict], str]:
+    file = tmp_path_factory.mktemp("json") / "scores.json"
+    return evaluate(config, file, "--adapter", adapter, *strength_options())
+
+
+@pytest.mark.processes
+def test_scores_equal_a_plain_computation_per_document(
+    command_project: Project, config: Path, adapter: Path, scored: tuple[list[dict], list[dict], str]
+) -> None:
+    documents = prepare_data(command_project.load(config)).documents
+    assert max(len(document.ids) for document in documents) == SEQUENCE  # one is cut
+    assert min(len(document.ids) for document in documents) < SEQUENCE  # and one is padded
+    plain = PlainScorer(command_project.root / "model", adapter)
+    scores, contrasts, printed = scored
+    assert [(s["dataset"], s["strength"]) for s in scores] == [
+        (name, t) for name in ("positive", "negative") for t in (0.0, *STRENGTHS)
+    ]
+    losses: dict[tuple[str, float], list[float]] = {}
+    for score in scores:
+        mine = [document for document in documents if document.dataset == score["dataset"]]
+        results = [plain.score(document, score["strength"]) for document in mine]
+        loss, correct, kl, tokens = zip(*results, strict=True)
+        losses[score["dataset"], score["strength"]] = list(loss)
+        expected = {
+            "loss": statistics.mean(loss),
+            "loss_se": statistics.stdev(loss) / math.sqrt(len(loss)),
+            "perplexity": math.exp(statistics.mean(loss)),
+            "top1_accuracy": statistics.mean(correct),
+            "kl": statistics.mean(kl),
+        }
+        assert {name: score[name] for name in expected} == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
+        assert (score["documents"], score["tokens"]) == (len(mine), sum(tokens))
+        assert score["control_class"] == (1 if score["dataset"] == "positive" else -1)
+        assert (score["kl"] == 0) == (score["strength"] == 0)
+    for t in STRENGTHS:
+        assert scores[0]["loss"] != pytest.approx(statistics.mean(losses["positive", t]), abs=100 * FLOAT32)
+
+    (pair,) = contrasts
+    assert pair["strengths"] == [1.0, -1.0]
+    on = {
+        name: [plus - minus for plus, minus in zip(losses[name, 1.0], losses[name, -1.0], strict=True)]
+        for name in ("positive", "negative")
+    }
+    expected = {
+        "contrast": statistics.mean(on["negative"]) - statistics.mean(on["positive"]),
+        "contrast_se": math.sqrt(sum(statistics.variance(each) / len(each) for each in on.values())),
+        "sign_share": (sum(d > 0 for d in on["negative"]) + sum(d < 0 for d in on["positive"])) / len(documents),
+    }
+    assert {name: pair[name] for name in expected} == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
+    assert "Contrast at ±1" in printed
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--set", "pipeline_stages=2", "--num-gpus", 2], id="2-stages"),
+        pytest.param(["--num-gpus", 2], id="2-replicas", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_scores_the_same(
+    config: Path, adapter: Path, tmp_path: Path, scored: tuple[list[dict], list[dict], str], options: list[object]
+) -> None:
+    scores, contrasts, printed = evaluate(
+        config, tmp_path / "scores.json", "--adapter", adapter, *strength_options(), *options
+    )
+    for found, expected in zip([*scores, *contrasts], [*scored[0], *scored[1]], strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == (pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, float) else value)
+    assert printed.count("Loss by dataset and strength") == 1
+
+
+@pytest.mark.processes
+def test_other_texts_and_the_default_adapter(
+    command_project: Project, config: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file = write_jsonl(tmp_path / "other.jsonl", texts("negative", 4, seed=9))
+    run_directory = tmp_path / "run"
+    write_adapter(run_directory / "epoch2", command_project.root / "model")
+    options = ["--set", f"output_dir={run_directory}", "--data", f"{file}:-1", "--data", f"{file}:0"]
+    scores, contrasts, printed = evaluate(config, tmp_path / "scores.json", *options)
+    assert f"Adapter: {run_directory / 'epoch2'}" in printed
+    assert [(s["dataset"], s["control_class"], s["strength"]) for s in scores] == [
+        ("other", c, t) for c in (-1, 0) for t in (0.0, 1.0, -1.0)
+    ]
+    assert contrasts == []
+    settings = command_project.load(config)
+    documents = documents_from_file(str(file), -1, settings, load_tokenizer(settings))
+    plain = PlainScorer(command_project.root / "model", adapter)
+    for score in scores:
+        expected = statistics.mean(plain.score(document, score["strength"])[0] for document in documents)
+        assert score["loss"] == pytest.approx(expected, rel=FLOAT32)
+
+
+def test_the_adapter_that_a_run_offers(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no trained adapter"):
+        adapter_of_run(tmp_path)
+    (tmp_path / "epoch2").mkdir()
+    (tmp_path / "epoch10").mkdir()
+    (tmp_path / "epochs").mkdir()
+    assert adapter_of_run(tmp_path) == tmp_path / "epoch10"
+    (tmp_path / "final").mkdir()
+    assert adapter_of_run(tmp_path) == tmp_path / "final"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--adapter", "{wide}"], ("hidden size", "32", "64")),
+        (["--adapter", "{root}/model"], ("adapter",)),
+        (["--adapter", "{root}/nothing"], ("nothing",)),
+        ([], ("no trained adapter", "--adapter")),
+        (["--adapter", "{adapter}", "--data", "{root}/positive.jsonl"], ("FILE:CLASS",)),
+        (["--adapter", "{adapter}", "--data", "{root}/none.jsonl:1"], ("none.jsonl",)),
+        (["--adapter", "{adapter}", "--json", "{root}/none/x.json"], ("none",)),
+        (["--adapter", "{adapter}", "--set", "eval_fraction=0"], ("eval_fraction", "--data")),
+    ],
+    ids=["another-hidden-size", "no-adapter", "missing-adapter", "no-run", "no-class", "missing-texts", "no-place",
+         "nothing-held-out"],
+)  # fmt: skip
+def test_mistakes(
+    command_project: Project, config: Path, adapter: Path, tmp_path: Path, options: list[str], words: tuple[str, ...]
+) -> None:
+    root = command_project.root
+    wide = write_adapter(tmp_path / "wide", root / "model", hidden=32)
+    before = listing(root)
+    filled = [word.format(root=root, adapter=adapter, wide=wide) for word in options]
+    done = run("eval", config, *filled)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    if "eval_fraction=0" not in options:  # which prepares other data
+        assert listing(root) == before
