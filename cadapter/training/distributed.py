@@ -63,14 +63,15 @@ def join_world() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    # Told its device, NCCL does not guess it from the rank, which is wrong on some clusters.
+    backend, device_id = ("nccl", device) if cuda else ("gloo", None)
     store: dist.Store = dist.HashStore()
     if size > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UsageError(f"WORLD_SIZE = {size}, but {' and '.join(missing)} is not set in the environment.")
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
     return World(rank, size, local_rank, device, store)
 
 

@@ -24,7 +24,7 @@ from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, 
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.training.run_directory import adapter_of_run
-from tests.tiny_project import HIDDEN, LAYERS, SEQUENCE, Project, listing, run, run_well, texts, write_jsonl
+from tests.tiny_project import HIDDEN, SEQUENCE, Project, listing, run, run_well, texts, write_jsonl
 
 STRENGTHS = (1.0, -1.0, 0.5)
 FLOAT32 = 1e-5

@@ -29,9 +29,7 @@ def checkpoints(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
 
 
-def stop(
-    run_directory: Path, process: subprocess.Popen[str], ready: Callable[[], bool], number: int
-) -> tuple[int, str]:
+def stop(process: subprocess.Popen[str], ready: Callable[[], bool], number: int) -> tuple[int, str]:
     """Send a signal to the command as soon as ``ready``; return its exit code and what it said.
 
     No process of the command may be left.
@@ -85,7 +83,7 @@ def stopped_and_resumed(project: Project, processes: int, number: int, code: int
     config = project.write_config(name, **{**KEYS, **STAGES[processes]})
     directory = project.root / name
     process = start(config, processes)
-    got, errors = stop(directory, process, lambda: "step-000010" in checkpoints(directory), number)
+    got, errors = stop(process, lambda: "step-000010" in checkpoints(directory), number)
     assert got == code, errors
     last = metrics(directory)[-1]["step"]
     assert 10 <= last < 20
@@ -122,7 +120,7 @@ def test_ctrl_c_saves_and_a_request_to_save_stops_nothing(project: Project, proc
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    code, errors = stop(directory, process, lambda: len(checkpoints(directory)) == 1, signal.SIGINT)
+    code, errors = stop(process, lambda: len(checkpoints(directory)) == 1, signal.SIGINT)
     assert code == 130, errors
     assert "Traceback" not in errors
     first, second = checkpoints(directory)
@@ -170,7 +168,6 @@ def test_a_changed_run_is_not_resumed(project: Project, straight: Path, change: 
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_changed_data_are_not_resumed_and_more_epochs_are(own_project: Project) -> None:
     keys = {**KEYS, "max_steps": None, "micro_batch_size": 8, "evals_per_run": 1}
     config = own_project.write_config("longer", **keys)

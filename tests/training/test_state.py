@@ -91,7 +91,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path, Position(step=6), FACTS, {}, fail, keep=1)
-    assert [path for path in tmp_path.iterdir()] == [first]
+    assert list(tmp_path.iterdir()) == [first]
     assert fault_of(first) is None
 
 
