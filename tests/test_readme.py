@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,9 @@ def run_here(line: str) -> str:
     """Run a command line of the documentation in this process and directory; it must succeed. Return its output."""
     words, files = parse(line)
     given = Path(files["<"]).read_bytes() if "<" in files else None
-    done = CliRunner().invoke(app, words, input=given, prog_name="cadapter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cadapter", *words])
+        done = CliRunner().invoke(app, words, input=given, prog_name="cadapter")
     assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
     if ">" in files:
         Path(files[">"]).write_text(done.stdout, encoding="utf-8")
