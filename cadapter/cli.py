@@ -52,7 +52,7 @@ def _examples(lines: Sequence[str]) -> str:
 app = typer.Typer(
     name="cadapter",
     help="Train, measure and convert Control Adapters: one low-rank adapter that enhances and suppresses.",
-    epilog=_examples(["cadapter schema > cadapter.schema.json", "cadapter schema --help"]),
+    epilog=_examples(["cadapter train config.toml", "cadapter eval config.toml"]),
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",

@@ -33,6 +33,11 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether ``--quiet`` is given."""
+    return _quiet
+
+
 @functools.cache
 def console(stderr: bool = False, width: int | None = None) -> Console:
     """The console of standard output, or of standard error; texts are printed as they are, without markup."""

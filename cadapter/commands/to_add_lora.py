@@ -53,7 +53,7 @@ def command(
     check_output(output, force, base, adapter)
     dial = Dial.from_options(strength=strength, inverse=inverse)
     control = read_control_adapter(adapter)
-    with progress("converting", unit="modules") as advance:
+    with progress("converting", unit="residual writers") as advance:
         summary = to_add_lora(
             Checkpoint(resolve_model(base)),
             base,

@@ -73,8 +73,9 @@ def command(
 ) -> None:
     """Train a Control Adapter as CONFIG says.
 
-    On several GPUs the command starts itself again under DeepSpeed's launcher; under torchrun or srun it joins their
-    job. SIGTERM or Ctrl-C saves a checkpoint and stops; --resume-from-checkpoint continues exactly there.
+    On several GPUs the command starts itself again under DeepSpeed's launcher; where RANK and WORLD_SIZE are set, as
+    torchrun does, it joins that job. SIGTERM or Ctrl-C saves a checkpoint and stops; --resume-from-checkpoint continues
+    exactly there.
     """
     from cadapter.config import load_config
     from cadapter.errors import UsageError
@@ -91,4 +92,4 @@ def command(
 
     from cadapter.training.run import TrainOptions, train
 
-    train(settings, source, TrainOptions(resume=resume, force=force, dry_run=dry_run))
+    train(settings, source, TrainOptions(resume, force, dry_run, tuple(overrides or ())))

@@ -213,14 +213,12 @@ class Config(Table):
     ] = Field(default="auto", description='What is recomputed; "offload": kept in host memory; N: every Nth layer.')
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field(
-        default="auto", description='"auto": flash_attention_2 where installed, else sdpa, or what the family needs.'
-    )
+    ] = Field(default="auto", description='Which attention of transformers; "auto": sdpa.')
     document_attention: Literal["packed", "isolated"] = Field(
         default="packed", description='"isolated": tokens see only their own document.'
     )
     compile: Annotated[Literal["auto"] | bool, Expects('"auto", true or false')] = Field(
-        default="auto", description='torch.compile of the decoder layers; "auto": on CUDA.'
+        default="auto", description='torch.compile of the decoder layers; "auto": none yet.'
     )
 
     eval_fraction: Fraction = Field(

@@ -12,7 +12,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from cadapter.files import write_text
-from cadapter.terminal import console
+from cadapter.terminal import console, is_quiet
 
 PLAIN_SECONDS = 10.0
 """Where the output is no terminal, a line comes at most this often."""
@@ -68,7 +68,7 @@ class Reporter:
         self._live: Any = None
 
     def __enter__(self) -> Reporter:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_quiet():
             from rich.live import Live
 
             self._live = Live("", console=self._console, transient=True, auto_refresh=False)
@@ -85,7 +85,9 @@ class Reporter:
         self._board.close()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays, unless ``--quiet`` is given."""
+        if is_quiet():
+            return
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _write(self, step: int, epoch: int, tokens: int, seconds: float, values: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class TrainOptions:
     resume: bool = False
     force: bool = False
     dry_run: bool = False
+    overrides: tuple[str, ...] = ()
 
 
 def train(config: Config, source: Path, options: TrainOptions) -> None:
@@ -81,6 +83,9 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
     show_peak_memory(world)
     if world.is_main:
         _show_end(run.position.seconds, run.position.tokens, directory, plan)
+        # The run's own config.toml is the config as given: what was overridden has to be given again.
+        again = shlex.join(part for override in options.overrides for part in ("--set", override))
+        note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
 
 
 def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world: World) -> Path | None:
@@ -159,4 +164,3 @@ def _show_end(seconds: float, tokens: int, directory: RunDirectory, plan: Plan) 
         f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)."
     )
     note(f"The adapter is in {directory.final}.")
-    note(f"Next: cadapter eval {directory.path / 'config.toml'}")
