@@ -164,6 +164,12 @@ class Cache:
             shutil.rmtree(entry, ignore_errors=True)
         return target
 
+    def discard(self, entries: Iterable[Path]) -> None:
+        """Remove entries that were made in vain, and a directory that then holds nothing."""
+        for entry in entries:
+            shutil.rmtree(entry, ignore_errors=True)
+            _remove_if_empty(entry.parent)
+
     def _writable(self) -> tuple[Path, bool]:
         """Return the directory to write to, and whether it was made here."""
         reasons = []

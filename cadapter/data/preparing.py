@@ -114,11 +114,18 @@ def prepare_data(config: Config, *, force: bool = False) -> PreparedData:
     store = cache.Cache(_cache_directory(config, datasets), note)
 
     entries, reports, keys, done = [], [], [], set()
+    built: list[Path] = []
     for stream in streams:
         recipe = _recipe(config, stream, tokenizer, hashes)
         found, reason = (None, "forced") if force and recipe.key not in done else store.find(recipe)
         build = partial(build_stream, config, stream, tokenizer, hashes)
-        directory = found or store.build(recipe, build, replace=reason == "forced")
+        try:
+            directory = found or store.build(recipe, build, replace=reason == "forced")
+        except UsageError:
+            store.discard(built)  # a config that cannot be used leaves nothing behind
+            raise
+        if not found and reason != "forced":  # what was rebuilt by force may stand for an entry that was there
+            built.append(directory)
         done.add(recipe.key)
         entry = cache.open_entry(directory, config.sequence_len, [dataset.name for dataset in stream])
         entries.append(entry)

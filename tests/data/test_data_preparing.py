@@ -239,3 +239,21 @@ def test_documents_from_a_file_without_any(tmp_path: Path, make_config: MakeConf
     empty = write_jsonl(tmp_path / "b.jsonl", [" "])
     with pytest.raises(UsageError, match=r"b\.jsonl has no documents"):
         documents_from_file(str(empty), 1, make_config({file: 1}), data.tokenizer)
+
+
+def test_a_broken_dataset_leaves_nothing_of_those_before_it(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Also not the cache folder; but an entry that was there before, or was rebuilt by force, stays."""
+    good, bad = write_jsonl(tmp_path / "good.jsonl", texts_of(20, "good")), tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": broken}\n', encoding="utf-8")
+    config = make_config({good: 1, bad: -1})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"bad\.jsonl.*2"):
+        prepare_data(config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+    entry = prepare_data(make_config({good: 1})).directories[0]
+    for force in (False, True):
+        with pytest.raises(UsageError):
+            prepare_data(make_config({good: 1, bad: -1}), force=force)
+    assert len([path for path in entry.parent.iterdir() if path.is_dir()]) == 1
+    assert prepare_data(make_config({good: 1})).reports[0].cache_hit
