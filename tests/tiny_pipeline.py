@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cadapter.adapters.control import ControlAdapter, ControlSettings
 from cadapter.models.layers import CarrierFormat, HeadInputs
 from cadapter.models.loading import CausalLM
+from cadapter.training.modes.control import ControlMode, adapters_of
 from cadapter.training.recompute import Recompute
-from cadapter.training.stages import StageBuilder, adapters_of
+from cadapter.training.stages import StageBuilder
 from tests.reference.controlled_model import Controlled
 from tests.tiny_models import LAYERS
 
@@ -31,11 +32,11 @@ def builder(
     carrier: CarrierFormat = HIDDEN_ONLY,
     recompute_every: int = 0,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> StageBuilder:
     """A builder of a model's pipeline layers; ``recompute_every`` 0: nothing is recomputed, n: every nth block."""
     model = CausalLM(directory, dtype, attention=attention)
-    return StageBuilder(model, adapted, settings, 0, carrier, Recompute(recompute_every))
+    return StageBuilder(model, ControlMode(model, adapted, settings), carrier, Recompute(recompute_every))
 
 
 def randomise(adapters: Sequence[ControlAdapter], spectral: float = 0.5) -> None:

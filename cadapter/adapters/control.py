@@ -24,11 +24,11 @@ from cadapter.adapters.dropout import keep_mask
 from cadapter.algebra import core, exact_inverse, neumann_inverse
 from cadapter.classes import NEGATIVE, NEUTRAL, POSITIVE
 from cadapter.errors import CadapterError
-from cadapter.models.families import Family
+from cadapter.models.families import MODULES, Family
 
 SITES = ("block", "mlp", "writes")
-ATTENTION, MLP = 0, 1
-"""The places of a block where something is written to the residual stream."""
+PLACE_OF_MLP = 1
+"""The places of a block where something is written to the residual stream: 0 the attention's, 1 the MLP's."""
 
 Transform = tuple[int, Tensor | None]
 """A code and the [r, r] matrix that positions with this code receive; None is the identity."""
@@ -48,6 +48,7 @@ class ControlSettings:
         inverse: how class −1 inverts: "exact", or "neumann" (the published method).
         neumann_order: number of terms of the Neumann series.
         dropout: probability with which a component of Δh is left out before A, in training.
+        dtype: of the trained factors.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class ControlSettings:
     inverse: str = "exact"
     neumann_order: int = 2
     dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
 
     @property
     def scale(self) -> float:
@@ -74,19 +76,23 @@ def initial_factor(seed: int, layer: int, name: str, rank: int, hidden_size: int
 
 
 class ControlAdapter(nn.Module):
-    """The factors of one layer, in float32: A [r, H] and B [H, r] (zero, so that training starts at the identity)."""
+    """The factors of one layer: A [r, H] and B [H, r] (zero, so that training starts at the identity)."""
 
     def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
         super().__init__()
         self.settings = settings
         self.layer = layer
         first = initial_factor(seed, layer, "control_A", settings.rank, hidden_size)
-        self.control_A = nn.Parameter(first.to(device))
-        self.control_B = nn.Parameter(torch.zeros(hidden_size, settings.rank, device=device))
+        self.control_A = nn.Parameter(first.to(device, settings.dtype))
+        self.control_B = nn.Parameter(torch.zeros(hidden_size, settings.rank, device=device, dtype=settings.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, H] and B [H, r] in float32, in which everything is worked out."""
+        return self.control_A.float(), self.control_B.float()
 
     def class_transforms(self) -> list[Transform]:
         """T_c of the classes +1 and −1, differentiable in A and B."""
-        middle = core(self.control_A, self.control_B, self.settings.scale)
+        middle = core(*self.factors(), self.settings.scale)
         if self.settings.inverse == "exact":
             inverse = exact_inverse(middle)
         else:
@@ -101,12 +107,13 @@ class ControlAdapter(nn.Module):
             codes: [..], which of ``transforms`` each position receives; a code that is not among them gets y = 0.
             transforms: the matrices by code.
         """
-        reduced = delta.float() @ self.control_A.T
+        A, B = self.factors()
+        reduced = delta.float() @ A.T
         chosen = torch.zeros_like(reduced)
         for code, matrix in transforms:
             image = reduced if matrix is None else reduced @ matrix.T
             chosen = torch.where((codes == code).unsqueeze(-1), image, chosen)
-        return chosen @ (self.settings.scale * self.control_B).T
+        return chosen @ (self.settings.scale * B).T
 
     def neutral_penalty(self, delta: Tensor, classes: Tensor) -> Tensor:
         """Return Σ ‖W·Δh‖² / max(‖Δh‖², 1e-6) over the positions of class 0, a scalar.
@@ -114,8 +121,9 @@ class ControlAdapter(nn.Module):
         ‖W·Δh‖² = s²·zᵀ·(BᵀB)·z with z = A·Δh, so nothing wider than r is computed.
         """
         delta = delta.float()
-        reduced = delta @ self.control_A.T
-        gram = self.control_B.T @ self.control_B
+        A, B = self.factors()
+        reduced = delta @ A.T
+        gram = B.T @ B
         moved = self.settings.scale**2 * ((reduced @ gram) * reduced).sum(-1)
         size = delta.square().sum(-1).clamp(min=SMALLEST_SQUARED_DELTA)
         return torch.where(classes == NEUTRAL, moved / size, 0.0).sum()
@@ -138,22 +146,29 @@ class ControlledBlock(nn.Module):
 
     The adapter acts on what the block's two modules write to the residual stream, seen through forward hooks:
 
-    * site "block": on their sum, after the block (for families whose block adds something else than this sum, on
-      block output − block input);
+    * site "block": on the sum of what the family's facts say is added, after the block (on block output − block
+      input where they do not say it);
     * site "mlp": on what the MLP writes, before anything else sees it;
     * site "writes": on what the attention and the MLP write, each on its own.
+
+    Args:
+        block: the decoder block; hooks are put on its modules.
+        adapter: of this layer.
+        family: the facts of the block.
+        residual_scale: what the block multiplies the outputs of its modules by before it adds them.
     """
 
-    def __init__(self, block: nn.Module, adapter: ControlAdapter, family: Family) -> None:
+    def __init__(self, block: nn.Module, adapter: ControlAdapter, family: Family, residual_scale: float = 1.0) -> None:
         super().__init__()
         self.block = block
         self.adapter = adapter
-        self.family = family
+        self.residual_scale = residual_scale
+        self.sums_branches = family.added is not None
         self.fixed: Sequence[Transform] | None = None
         self._pass: _Pass | None = None
-        attention, mlp = getattr(block, family.attention), getattr(block, family.mlp)
-        attention.register_forward_hook(partial(self._after, ATTENTION))
-        mlp.register_forward_hook(partial(self._after, MLP))
+        seen = family.added if adapter.settings.site == "block" else MODULES
+        for place, name in enumerate(seen or ()):
+            getattr(block, name).register_forward_hook(partial(self._after, place))
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the block has, such as the ``attention_type`` that some models read from their layers."""
@@ -213,7 +228,10 @@ class ControlledBlock(nn.Module):
         finally:
             self._pass = None
         if self.adapter.settings.site == "block":
-            delta = sum_of(state.written) if self.family.sums_branches else output.float() - hidden.float()
+            if self.sums_branches:
+                delta = self.residual_scale * sum_of(state.written)
+            else:
+                delta = output.float() - hidden.float()
             output = (output.float() + self._change(state, delta, 0)).to(output.dtype)
         return output, state.penalty
 
@@ -235,7 +253,7 @@ class ControlledBlock(nn.Module):
         if site == "block":
             self._pass.written.append(written)
             return None
-        if site == "mlp" and place != MLP:
+        if site == "mlp" and place != PLACE_OF_MLP:
             return None
         changed = (written.float() + self._change(self._pass, written, place)).to(written.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed

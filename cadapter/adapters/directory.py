@@ -24,7 +24,7 @@ from cadapter.adapters.control import SITES
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import family_of
+from cadapter.models.families import Family
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,6 +33,7 @@ MULTIPLICATIVE_TYPE = "MULTIPLICATIVE_LORA"
 INVERSES = ("exact", "neumann")
 
 _CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.control_([AB])(?:\.weight)?")
+_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SYMMETRIC_KEY = re.compile(r".*\.control_(Q|S|lambda)(\.weight)?")
 
 Kind = Literal["control", "multiplicative", "additive"]
@@ -109,22 +110,27 @@ class ControlAdapterFiles:
         return next(iter(self.layers.values())).A.shape[1]
 
 
-def describe_layers(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, LayerFacts]:
-    """Facts of ``layers`` of a base model, for :class:`ControlAdapterFiles`; reads the writers' biases and no more.
-
-    Raises:
-        UsageError: the model's family is not supported.
-    """
-    family = family_of(checkpoint.config.model_type)
-    writers = (*family.attention_writers, *family.mlp_writers)
+def describe_layers(checkpoint: Checkpoint, family: Family, layers: Iterable[int]) -> dict[int, LayerFacts]:
+    """Facts of ``layers`` of a base model, for :class:`ControlAdapterFiles`; reads the writers' biases and no more."""
+    names: dict[int, list[str]] = {}
+    for name in checkpoint.names():
+        match = _LAYER_TENSOR.fullmatch(name)
+        if match:
+            names.setdefault(int(match[1]), []).append(match[2].removesuffix(".weight"))
     facts = {}
     for layer in layers:
-        names = {writer: f"model.layers.{layer}.{writer}.bias" for writer in writers}
+        attention, mlp = family.writers_among(sorted(names.get(layer, []), key=_by_number))
+        biases = {writer: f"model.layers.{layer}.{writer}.bias" for writer in (*attention, *mlp)}
         biased = tuple(
-            writer for writer, name in names.items() if name in checkpoint and bool(checkpoint.tensor(name).any())
+            writer for writer, name in biases.items() if name in checkpoint and bool(checkpoint.tensor(name).any())
         )
-        facts[layer] = LayerFacts(family.attention_writers, family.mlp_writers, family.post_norms, biased)
+        facts[layer] = LayerFacts(attention, mlp, family.post_norms, biased)
     return facts
+
+
+def _by_number(name: str) -> list[tuple[bool, int | str]]:
+    """A sorting key that puts expert 10 behind expert 9."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

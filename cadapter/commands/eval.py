@@ -71,7 +71,7 @@ def command(
     from cadapter.terminal import note, warn
     from cadapter.training.evaluation import EvalOptions, evaluate
 
-    result = evaluate(settings, EvalOptions(directory, tuple(strength or (1.0, -1.0)), texts))
+    result = evaluate(settings, EvalOptions(directory, tuple(strength) if strength else None, texts))
     if result is None:
         return
     note(f"Adapter: {directory}")

@@ -45,6 +45,16 @@ _CONFLICTS = (
         "full fine-tuning has no weight decay; remove the key",
     ),
     _Conflict(
+        "lora_dropout",
+        lambda config: config.full_fine_tune and config.lora_dropout,
+        "full fine-tuning has no adapters; remove the key",
+    ),
+    _Conflict(
+        "init_from",
+        lambda config: config.full_fine_tune and config.init_from is not None,
+        "full fine-tuning has no adapters; give the model to start from as model_dir",
+    ),
+    _Conflict(
         "load_in_4bit",
         lambda config: config.full_fine_tune and config.load_in_4bit,
         "weights in 4 bits cannot be trained themselves; remove it, or full_fine_tune",
@@ -92,6 +102,13 @@ def config_warnings(config: Any) -> list[str]:
             "Control Adapters are trained without weight decay, which the method needs: "
             "set lora_weight_decay (100 to 500 at rank 16 with lr = 2e-5)."
         )
+    if config.lora_weight_decay and config.lora_weight_dtype == "bfloat16":
+        warnings.append(
+            "lora_weight_decay is off: bfloat16 weights would lose it in rounding. "
+            'Set lora_weight_dtype = "float32" to have it.'
+        )
+    if config.gradient_dtype != "float32" and not config.full_fine_tune:
+        warnings.append("gradient_dtype has an effect on full fine-tuning only.")
     if not config.control_class0_lambda and any(dataset.control_class == NEUTRAL for dataset in config.datasets):
         warnings.append(
             "The sequences of class 0 train nothing: set control_class0_lambda above 0, or leave those datasets out."

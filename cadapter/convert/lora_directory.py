@@ -1,4 +1,4 @@
-"""LoRA directories on disk, additive (PEFT's) and multiplicative (ours): names, config, reading and writing.
+"""Converted LoRA directories, additive (PEFT's) and multiplicative (ours): config, reading and writing.
 
 Both hold ``base_model.model.<module>.lora_A.weight`` [r, in or H] and ``….lora_B.weight`` [out, r]. An additive pair
 changes a weight to ``W_lin + s·B·A``, a multiplicative one to ``(I + s·B·A)·W_lin``; ``peft_type`` tells them apart.
@@ -13,34 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cadapter.adapters.directory import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    positive_number,
-    read_adapter_config,
-    read_adapter_tensors,
-)
+from cadapter.adapters.directory import CONFIG_NAME, positive_number, read_adapter_config
+from cadapter.adapters.lora_directory import lora_fields, read_pairs, refuse_unsupported, save_pairs
 from cadapter.errors import UsageError
-from cadapter.files import write_json, write_text
-
-_LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.(?:default\.)?(weight|bias)")
-
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
-    "fan_in_fan_out": "fan_in_fan_out",
-    "target_parameters": "target_parameters",
-    "trainable_token_indices": "trainable_token_indices",
-    "layer_replication": "layer_replication",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
-}
-_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base model's weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -72,54 +49,19 @@ def lora_config(
         base: the base model's name or path, where known.
         lora_bias: every pair has a bias beside B.
     """
-    return {
-        "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "bias": "none",
-        "lora_bias": lora_bias,
-        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
-        "layers_to_transform": sorted(layers),
-    }
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    return {**lora_fields(peft_type, rank, rank, targets, layers, base), "lora_bias": lora_bias}
 
 
 def write_lora(directory: Path, config: Mapping[str, Any], pairs: Mapping[str, LoraPair], card: str) -> None:
     """Write ``pairs`` (by full module name, scale 1) and their config and card into an existing directory."""
     tensors = {}
     for module, pair in pairs.items():
-        prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = _own(pair.A)
-        tensors[f"{prefix}.lora_B.weight"] = _own(pair.B)
+        tensors[f"{module}.lora_A.weight"] = pair.A.float()
+        tensors[f"{module}.lora_B.weight"] = pair.B.float()
         if pair.bias is not None:
-            tensors[f"{prefix}.lora_B.bias"] = _own(pair.bias)
-    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-    write_json(directory / CONFIG_NAME, dict(config))
-    write_text(directory / "README.md", card)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A float32 copy with memory of its own: writers share A and B, and safetensors refuses tensors that share."""
-    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
-def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
-    for key, name in _UNSUPPORTED.items():
-        if config.get(key):
-            raise UsageError(f"{file}: {name} ({key}) is not supported by merge.\nMerge this adapter with peft.")
-    if config.get("bias", "none") != "none":
-        raise UsageError(f"{file}: bias = {config['bias']!r} (trained biases of the base) is not supported by merge.")
-    if config.get("init_lora_weights") not in _HARMLESS_INITIALISATIONS:
-        raise UsageError(
-            f"{file}: init_lora_weights = {config['init_lora_weights']!r} changes the base model's own weights, "
-            "which merge does not repeat.\nConvert it to a plain LoRA with peft first."
-        )
+            tensors[f"{module}.lora_B.bias"] = pair.bias.float()
+    save_pairs(directory, config, tensors, card)
 
 
 def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
@@ -128,20 +70,6 @@ def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: flo
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)
     return default
-
-
-def _grouped(path: Path) -> dict[str, dict[str, Tensor]]:
-    file = path / WEIGHTS_NAME
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_adapter_tensors(path).items():
-        match = _LORA_KEY.fullmatch(name)
-        if match is None or (match[2], match[3]) == ("A", "bias"):
-            raise UsageError(f"{file}: {name} is no lora_A or lora_B weight of a linear layer: not supported by merge.")
-        part = match[2] if match[3] == "weight" else "bias"
-        if part in found.setdefault(match[1], {}):
-            raise UsageError(f"{file}: {name} names module {match[1]} a second time.")
-        found[match[1]][part] = tensor
-    return found
 
 
 def read_lora(path: Path) -> LoraFiles:
@@ -154,21 +82,14 @@ def read_lora(path: Path) -> LoraFiles:
         UsageError: it uses what merge does not support, or anything is not right (file and tensor named).
     """
     config, file = read_adapter_config(path), path / CONFIG_NAME
-    _refuse_unsupported(config, file)
+    refuse_unsupported(config, file, "merge")
+    if any(not str(name).endswith(".weight") for name in config.get("target_parameters") or ()):
+        raise UsageError(f"{file}: LoRA on experts (target_parameters) is not supported by merge.")
     alpha = positive_number(config, "lora_alpha", file)
     pairs = {}
-    for module, parts in _grouped(path).items():
-        missing = {"A", "B"} - parts.keys()
-        if missing:
-            raise UsageError(f"{path / WEIGHTS_NAME}: {module} has no lora_{missing.pop()}; its other factor is there.")
-        A, B = parts["A"], parts["B"]
-        rank = A.shape[0]
-        if A.ndim != 2 or B.ndim != 2 or B.shape[1] != rank or rank == 0:
-            raise UsageError(
-                f"{path / WEIGHTS_NAME}: {module} has lora_A {list(A.shape)} and lora_B {list(B.shape)}: their ranks "
-                "do not agree."
-            )
+    for module, parts in read_pairs(path, "merge").items():
+        rank = parts["A"].shape[0]
         own_alpha = _pattern_value(config.get("alpha_pattern"), module, alpha)
         scale = own_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        pairs[module] = LoraPair(A, B, scale, parts.get("bias"))
+        pairs[module] = LoraPair(parts["A"], parts["B"], scale, parts.get("bias"))
     return LoraFiles(path, pairs)

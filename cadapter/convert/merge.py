@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,14 +17,8 @@ from cadapter.convert.shards import TORCH_DTYPES, Entry, rewrite_shard
 from cadapter.errors import CadapterError, UsageError
 from cadapter.files import new_directory, write_json, write_text
 from cadapter.models.checkpoint import INDEX_NAME, Checkpoint
+from cadapter.models.saving import copy_companions
 
-COPIED = (
-    "config*.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab*.json", "vocab*.txt", "merges.txt", "chat_template*.json", "chat_template*.jinja", "*.model", "LICENSE*",
-)  # fmt: skip
-"""Files of the base that a merged model needs beside its weights; nothing else is copied."""
-
-_NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -136,21 +128,6 @@ def merge_model(
         write_text(directory / "README.md", card(merger.summary))
     merger.summary.seconds = time.monotonic() - begun
     return merger.summary
-
-
-def copy_companions(source: Path, target: Path, dtype: str | None) -> list[str]:
-    """Copy the files of :data:`COPIED` and return their names; with ``dtype``, config.json names it."""
-    copied = []
-    for file in sorted(source.iterdir()):
-        wanted = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in COPIED)
-        if wanted and file.is_file() and file.suffix not in _NEVER_COPIED:
-            shutil.copyfile(file, target / file.name)
-            copied.append(file.name)
-    if dtype is not None:
-        config = json.loads((target / "config.json").read_text("utf-8"))
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        write_json(target / "config.json", {**config, key: dtype})
-    return copied
 
 
 def _write_index(base: Checkpoint, directory: Path, total_size: int) -> None:

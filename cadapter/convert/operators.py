@@ -19,6 +19,7 @@ from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, family_of
+from cadapter.models.loading import family_for
 
 Writers = Literal["mlp", "all"]
 
@@ -141,21 +142,31 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dia
     writers = writers or ("mlp" if adapter.site == "mlp" else "all")
     parallel = False
     if base is not None:
-        parallel = family_of(base.config.model_type).parallel
         validate_against(adapter, base.config.hidden_size, base.config.num_hidden_layers)
-        facts = describe_layers(base, adapter.layers)
+        family = family_for(base)
+        facts, parallel = describe_layers(base, family, adapter.layers), family.parallel
     elif adapter.facts:
         facts = adapter.facts
         if adapter.base_model_type in FAMILIES:
             parallel = family_of(adapter.base_model_type).parallel
     elif adapter.base_model_type:
         family = family_of(adapter.base_model_type)
+        if family.experts:
+            raise UsageError(
+                f"{adapter.path} does not record the experts of its base model.\nGive the base model with --base."
+            )
         layer_facts = LayerFacts(family.attention_writers, family.mlp_writers, family.post_norms)
         facts, parallel = dict.fromkeys(adapter.layers, layer_facts), family.parallel
     else:
         raise UsageError(
             f"{adapter.path} does not record the family of its base model.\nGive the base model with --base."
         )
+    for layer, found in facts.items():
+        if not found.mlp or (writers == "all" and not found.attention):
+            raise UsageError(
+                f"{adapter.path}: none of the base model's layers that write to the residual stream is known for layer "
+                f"{layer}.\nIts family is in no table, or its files do not have the names of the original model."
+            )
     post_norms = any(layer.post_norms for layer in facts.values())
     notes = (
         _approximation(adapter.site, writers, parallel, post_norms),
@@ -174,6 +185,11 @@ def _other_family(adapter: ControlAdapterFiles, base: Checkpoint | None) -> str 
 def module_name(layer: int, writer: str) -> str:
     """Full name of a writer of a decoder layer, as in the checkpoint: "model.layers.3.mlp.down_proj"."""
     return f"model.layers.{layer}.{writer}"
+
+
+def weight_name(base: Checkpoint, module: str) -> str:
+    """The name of the tensor of ``module``: that of a linear layer, or of fused experts, which have no ``.weight``."""
+    return module if module in base else f"{module}.weight"
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, kind_of, read_control_adapter
 from cadapter.convert.lora_directory import LoraFiles, LoraPair, read_lora
-from cadapter.convert.operators import Dial, Writers, does_nothing, find_target, fold, module_name, operators
+from cadapter.convert.operators import (
+    Dial,
+    Writers,
+    does_nothing,
+    find_target,
+    fold,
+    module_name,
+    operators,
+    weight_name,
+)
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 
@@ -22,7 +31,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Multiply:
-    """``X ← X + B·(A·X) = (I + B·A)·X`` for a weight [H, in] or a bias [H]; A [r, H], B [H, r]."""
+    """``X ← X + B·(A·X) = (I + B·A)·X`` for a weight [H, in], experts' [E, H, in] or a bias [H]; A [r, H], B [H, r]."""
 
     A: Tensor
     B: Tensor
@@ -59,13 +68,13 @@ Plan = dict[str, list[Change]]
 
 
 def check_writer(base: Checkpoint, name: str, out_features: int, in_features: int | None = None) -> None:
-    """Make sure that the base has a floating-point weight ``name`` [out_features, in_features].
+    """Make sure that the base has a floating-point weight ``name`` [out_features, in_features], of experts or not.
 
     Raises:
         UsageError: it has none, or of another shape, or a quantised one.
     """
     shape = base.shape(name)
-    expected = (out_features, shape[-1] if in_features is None else in_features)
+    expected = (*shape[:-2], out_features, shape[-1] if in_features is None else in_features)
     if shape != expected:
         raise UsageError(
             f"{base.directory}: {name} has shape {list(shape)}; the adapter needs {list(expected)}.\n"
@@ -79,8 +88,9 @@ def check_writer(base: Checkpoint, name: str, out_features: int, in_features: in
 
 def _multiply_module(plan: Plan, base: Checkpoint, module: str, change: Multiply) -> None:
     """Change a writer's weight and, where it has one, its bias."""
-    check_writer(base, f"{module}.weight", change.B.shape[0])
-    plan.setdefault(f"{module}.weight", []).append(change)
+    name = weight_name(base, module)
+    check_writer(base, name, change.B.shape[0])
+    plan.setdefault(name, []).append(change)
     if f"{module}.bias" in base:
         plan.setdefault(f"{module}.bias", []).append(change)
 

@@ -16,7 +16,9 @@ from cadapter.adapters.strengths import layer_transform, load_factors
 from cadapter.classes import POSITIVE
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import family_of
+from cadapter.models.families import FAMILIES, config_number
+from cadapter.models.loading import family_for
+from cadapter.models.shell import inferred_family
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
@@ -65,9 +67,9 @@ def check_fit(files: ControlAdapterFiles, checkpoint: Checkpoint) -> None:
     """Make sure that an adapter can be attached to a model, before any of its weights are read.
 
     Raises:
-        UsageError: another hidden size, too few layers, or a family that is not supported.
+        UsageError: another hidden size, too few layers, or a model whose blocks cannot be told apart.
     """
-    family_of(checkpoint.config.model_type)
+    family_for(checkpoint)
     validate_against(files, checkpoint.config.hidden_size, checkpoint.config.num_hidden_layers)
 
 
@@ -93,7 +95,8 @@ class SteeredModel:
 
     def __init__(self, model: Any, files: ControlAdapterFiles, strength: float = 1.0) -> None:
         validate_against(files, model.config.hidden_size, model.config.num_hidden_layers)
-        family = family_of(model.config.model_type)
+        family = FAMILIES.get(model.config.model_type) or inferred_family(model)
+        residual_scale = config_number(model.config, family.residual_scale)
         settings = ControlSettings(files.rank, files.alpha, files.site)
         self.model = model
         self.blocks: dict[int, ControlledBlock] = {}
@@ -102,7 +105,7 @@ class SteeredModel:
             block = model.model.layers[layer]
             adapter = ControlAdapter(files.hidden_size, layer, settings, 0, next(block.parameters()).device)
             load_factors(adapter, files)
-            self.blocks[layer] = ControlledBlock(block, adapter.requires_grad_(False), family).eval()
+            self.blocks[layer] = ControlledBlock(block, adapter.requires_grad_(False), family, residual_scale).eval()
         self.set_strength(strength)
         for layer, controlled in self.blocks.items():
             model.model.layers[layer] = controlled

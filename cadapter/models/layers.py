@@ -6,6 +6,7 @@ functions of the sequence length alone and are made on each stage.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cadapter.adapters.control import ControlledBlock, Transform
+from cadapter.adapters.lora import LoraBlock
+from cadapter.models.families import LogitFacts
 from cadapter.models.loading import CausalLM
 
 
@@ -59,58 +62,43 @@ class CarrierFormat(NamedTuple):
 class Frame:
     """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
 
-    In packed sequences they depend on the sequence length alone, so they are made once for each length.
+    It is what the model's own forward pass hands to its blocks (see :mod:`cadapter.models.shell`). In packed sequences
+    it depends on the sequence length alone, so it is found out once for each length.
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self._config = model.config
-        self._rotary = model.rotary
-        self._made: dict[int, tuple[dict[str, Any], Any]] = {}
+        self._model = model
+        self._made: dict[int, list[dict[str, Any]]] = {}
 
     def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
         """Return the keyword arguments for decoder block ``index`` on hidden states [B, T, H]."""
         length = hidden.shape[1]
         if length not in self._made:
-            self._made[length] = self._make(hidden.detach())
-        common, masks = self._made[length]
-        mask = masks[self._config.layer_types[index]] if isinstance(masks, dict) else masks
-        return {**common, "attention_mask": mask}
-
-    @torch.no_grad()
-    def _make(self, hidden: Tensor) -> tuple[dict[str, Any], Any]:
-        from transformers.masking_utils import create_masks_for_generate
-
-        one = hidden[:1]
-        positions = torch.arange(one.shape[1], device=one.device).unsqueeze(0)
-        # No position_ids here: given them, transformers looks for packed documents, on the host.
-        masks = create_masks_for_generate(self._config, one, None, None)
-        common = {
-            "position_ids": positions,
-            "position_embeddings": self._rotary(one, positions),
-            "past_key_values": None,
-            "use_cache": False,
-        }
-        return common, masks
+            self._made[length] = self._model.block_arguments(length)
+        return self._made[length][index]
 
 
 class EmbeddingLayer(nn.Module):
     """First pipeline layer: token ids, codes and dropout rows in; a carrier out."""
 
-    def __init__(self, embedding: nn.Module, carrier: CarrierFormat) -> None:
+    def __init__(self, embedding: nn.Module, scale: float, carrier: CarrierFormat) -> None:
         super().__init__()
         self.embedding = embedding
+        self.scale = scale
         self.carrier = carrier
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64."""
         input_ids, codes, rows = inputs
         hidden = self.embedding(input_ids)
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
         return self.carrier.pack(Carrier(hidden, codes, penalty, rows if self.carrier.dropout else None))
 
 
 class DecoderLayer(nn.Module):
-    """A decoder block, controlled by an adapter or as it is."""
+    """A decoder block, with an adapter of either kind or as it is."""
 
     def __init__(self, block: nn.Module, index: int, frame: Frame, carrier: CarrierFormat, recompute: bool) -> None:
         super().__init__()
@@ -137,6 +125,8 @@ class DecoderLayer(nn.Module):
 
     def _run(self, carrier: Carrier) -> tuple[Tensor, Tensor | None]:
         arguments = self.frame.arguments(carrier.hidden, self.index)
+        if isinstance(self.block, LoraBlock):
+            return self.block(carrier.hidden, dropout_rows=carrier.dropout_rows, **arguments), carrier.penalty
         if not isinstance(self.block, ControlledBlock):
             return self.block(carrier.hidden, **arguments), carrier.penalty
         transforms = self.transforms
@@ -154,10 +144,18 @@ class DecoderLayer(nn.Module):
 
 
 class HeadInputs(NamedTuple):
-    """What the last layer hands to the loss."""
+    """What the last layer hands to the loss.
+
+    Attributes:
+        hidden: normed hidden states, [B, T, H].
+        weights: the head's weight [V, H] that all rows share, or one for each row.
+        logits: what is done to the products of the two.
+        codes, penalty: as in :class:`Carrier`.
+    """
 
     hidden: Tensor
-    weight: Tensor
+    weights: Sequence[Tensor]
+    logits: LogitFacts
     codes: Tensor
     penalty: Tensor | None
 
@@ -165,14 +163,16 @@ class HeadInputs(NamedTuple):
 class HeadLayer(nn.Module):
     """Last pipeline layer: the final norm. The head's weight goes along, since the loss multiplies by it in chunks."""
 
-    def __init__(self, norm: nn.Module, weight: Tensor, carrier: CarrierFormat) -> None:
+    def __init__(
+        self, norm: nn.Module, weights: Sequence[nn.Parameter], logits: LogitFacts, carrier: CarrierFormat
+    ) -> None:
         super().__init__()
         self.norm = norm
+        self.weights = nn.ParameterList(weights)
+        self.logits = logits
         self.carrier = carrier
-        self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, parts: tuple[Tensor, ...]) -> HeadInputs:
         """Carrier in, normed hidden states and the head's weight out."""
         carrier = self.carrier.unpack(parts)
-        weight: Tensor = self.weight  # type: ignore[assignment]  # nn.Module types its buffers loosely
-        return HeadInputs(self.norm(carrier.hidden), weight, carrier.codes, carrier.penalty)
+        return HeadInputs(self.norm(carrier.hidden), list(self.weights), self.logits, carrier.codes, carrier.penalty)

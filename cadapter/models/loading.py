@@ -1,7 +1,7 @@
 """A Hugging Face causal LM taken apart: single modules, loaded one at a time, straight to their device.
 
-The model is built once without memory (on the meta device) for its module classes and its rotary embedding;
-real tensors are then read for the modules that this process needs, and for no others.
+The model is built once without memory (on the meta device) for its module classes, its rotary embedding and its
+forward pass; real tensors are then read for the modules that this process needs, and for no others.
 """
 
 from __future__ import annotations
@@ -10,21 +10,93 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import Family, family_of
+from cadapter.models.families import FAMILIES, Family, LogitFacts, config_number, logit_facts
+from cadapter.models.quantise import (
+    KINDS,
+    load_bitsandbytes,
+    planned_bytes,
+    quantise_block_,
+    refuse_unfit,
+    stored_bytes,
+)
+from cadapter.models.shell import check_cut, inferred_family, inner_model, record_calls
+from cadapter.models.stored import StoredWeights
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 NORM_PREFIX = "model.norm."
 LAYER_PREFIX = "model.layers.{}."
 
-COMPUTED_BUFFERS = ("rotary_emb.inv_freq",)
-"""Tensors that old checkpoints hold and that models now compute."""
-
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """Build the causal LM of ``config`` without memory; what it computes itself (rotary frequencies) is real.
+
+    Args:
+        config: transformers'. Its dropout is set to zero: it would differ with the layout and under recomputation.
+        dtype: of all weights.
+        attention: transformers' name of the attention implementation; None: the family's default.
+
+    Raises:
+        UsageError: no such model can be built.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+            setattr(config, key, 0.0)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:  # a wrong name, a missing package
+        wanted = f"with {attention} attention" if attention else f"of type {config.model_type}"
+        raise UsageError(f"no causal LM can be built {wanted}.\n{type(error).__name__}: {error}") from error
+
+
+def facts_of(skeleton: Any) -> Family:
+    """The facts of a model's family: from the table, or inferred from its structure.
+
+    The cut into embedding, blocks, norm and head is checked against the model's own forward pass.
+
+    Raises:
+        UsageError: the model cannot be cut; the reason is the text.
+    """
+    inner_model(skeleton)
+    family = FAMILIES.get(skeleton.config.model_type) or inferred_family(skeleton)
+    scale = config_number(skeleton.config, family.embedding_scale)
+    try:
+        check_cut(skeleton, scale, logit_facts(family, skeleton.config))
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:  # its own code, called as ours is
+        raise UsageError(f"its forward pass cannot be followed ({type(error).__name__}: {error})") from error
+    return family
+
+
+def family_for(checkpoint: Checkpoint) -> Family:
+    """The facts of the family of the model in ``checkpoint``, inferred from its structure where no table has them.
+
+    Raises:
+        UsageError: the model cannot be cut into pipeline layers.
+    """
+    known = FAMILIES.get(checkpoint.config.model_type)
+    if known is not None:
+        return known
+    try:
+        return facts_of(make_skeleton(checkpoint.config, torch.float32))
+    except UsageError as error:
+        raise _uncuttable(checkpoint, error) from error
+
+
+def _uncuttable(checkpoint: Checkpoint, reason: UsageError) -> UsageError:
+    kind = checkpoint.config.model_type
+    return UsageError(f"{checkpoint.directory}: a model of type {kind!r} cannot be cut into pipeline layers: {reason}.")
 
 
 class CausalLM:
@@ -34,42 +106,53 @@ class CausalLM:
         directory: the model's.
         dtype: of all weights.
         device: where modules are loaded to.
-        attention: transformers' name of the attention implementation.
+        attention: transformers' name of the attention implementation; None: sdpa, or what the family needs instead.
+        four_bit: hold the blocks' weights in nf4.
+
+    Attributes:
+        stored: bytes of the blocks loaded so far by kind of storage (:func:`cadapter.models.quantise.stored_bytes`).
 
     Raises:
-        UsageError: the directory is no usable model, or its family is not supported.
+        UsageError: the directory is no usable model, it cannot be cut into pipeline layers, or its weights cannot be
+            held in 4 bits.
     """
 
     def __init__(
-        self, directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str = "sdpa"
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        attention: str | None = None,
+        four_bit: bool = False,
     ) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.checkpoint = Checkpoint(directory)
         self.config: Any = self.checkpoint.config
-        self.family: Family = family_of(self.config.model_type)
-        # The base is frozen; dropout inside it would differ with the layout and under recomputation.
-        self.config.attention_dropout = 0.0
         self.dtype = dtype
         self.device = torch.device(device)
-        # Buffers such as the rotary frequencies are in no checkpoint: they are computed here, on the CPU.
+        self.four_bit = four_bit
         try:
-            with init_empty_weights(include_buffers=False):
-                self._skeleton = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-                )
-        except (ValueError, KeyError, TypeError, ImportError) as error:  # a wrong name, a package that is not there
-            reason = f"{type(error).__name__}: {error}"
-            raise UsageError(
-                f"{directory / 'config.json'}: no model can be built with {attention} attention.\n{reason}"
-            ) from error
-        self.rotary: nn.Module = self._skeleton.model.rotary_emb.to(self.device)
+            self.skeleton: Any = make_skeleton(self.config, dtype, attention)
+        except UsageError as error:
+            raise UsageError(f"{directory / 'config.json'}: {error}") from error
+        try:
+            self.family: Family = facts_of(self.skeleton)
+        except UsageError as error:
+            raise _uncuttable(self.checkpoint, error) from error
+        self.weights = StoredWeights(self.checkpoint, self.skeleton)
+        self._refuse_unknown()
+        self._inner = inner_model(self.skeleton)
+        self.stored = dict.fromkeys(KINDS, 0)
+        if four_bit:
+            load_bitsandbytes(self.device)
+            for block in self._inner.layers:
+                refuse_unfit(block, self.device)
+        if isinstance(getattr(self._inner, "rotary_emb", None), nn.Module):
+            self._inner.rotary_emb.to(self.device)
 
     @property
     def layer_count(self) -> int:
         """Number of decoder blocks."""
-        return self.config.num_hidden_layers
+        return len(self._inner.layers)
 
     @property
     def hidden_size(self) -> int:
@@ -79,39 +162,69 @@ class CausalLM:
     @property
     def tied(self) -> bool:
         """Whether the head's weight is the embedding's: where the config says so and the files hold no other."""
-        return bool(self.config.tie_word_embeddings) and HEAD not in self.checkpoint
+        return bool(self.config.tie_word_embeddings) and HEAD not in self.weights
+
+    @property
+    def embedding_scale(self) -> float:
+        """What token embeddings are multiplied by, outside of the embedding module."""
+        return config_number(self.config, self.family.embedding_scale)
+
+    @property
+    def residual_scale(self) -> float:
+        """What a block multiplies the outputs of its two modules by before it adds them to the residual stream."""
+        return config_number(self.config, self.family.residual_scale)
+
+    @property
+    def logits(self) -> LogitFacts:
+        """What is done to the products of hidden states and head weight."""
+        return logit_facts(self.family, self.config)
+
+    def skeleton_block(self, index: int) -> nn.Module:
+        """Block ``index`` as it is built, on the meta device unless it was loaded."""
+        return self._inner.layers[index]
 
     def layer_bytes(self) -> list[int]:
-        """Bytes of weights of each pipeline layer: embedding, blocks, final norm with head."""
+        """Bytes of weights of each pipeline layer as it will lie in memory: embedding, blocks, final norm with head."""
         size = self.dtype.itemsize
-        info = self.checkpoint.info
-        blocks = [0] * self.layer_count
-        for name in self.checkpoint.names():
-            if name.startswith("model.layers."):
-                index = int(name.split(".")[2])
-                if index < self.layer_count:
-                    blocks[index] += size * _count(info(name).shape)
-        head = size * _count(info(EMBEDDING if self.tied else HEAD).shape)
-        return [size * _count(info(EMBEDDING).shape), *blocks, head]
+        vocabulary = size * self.weights.numbers(EMBEDDING)
+        head = size * self.weights.numbers(EMBEDDING if self.tied else HEAD)
+        if self.four_bit:
+            blocks = [planned_bytes(self._inner.layers[index]) for index in range(self.layer_count)]
+        else:
+            blocks = [size * self.weights.numbers(LAYER_PREFIX.format(index)) for index in range(self.layer_count)]
+        return [vocabulary, *blocks, head]
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
-        tensors = self.checkpoint.tensors(names, self.device)
-        return {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
+    def block_arguments(self, length: int) -> list[dict[str, Any]]:
+        """The keyword arguments that the model calls each of its blocks with, for sequences of ``length`` tokens."""
+        embeddings = torch.zeros(1, length, self.hidden_size, dtype=self.dtype, device=self.device)
+        return record_calls(self.skeleton, embeddings)[1]
+
+    def _refuse_unknown(self) -> None:
+        def is_ours(name: str) -> bool:
+            parts = name.split(".")
+            number = next((part for part in parts if part.isdigit()), None)
+            # Some files hold further blocks, for predicting several tokens at once.
+            return number is None or int(number) < len(inner_model(self.skeleton).layers)
+
+        unknown = [name for name in self.weights.unknown if is_ours(name)]
+        if unknown:
+            raise self._misfit([], unknown)
+
+    def _misfit(self, missing: list[str], unknown: list[str]) -> UsageError:
+        return UsageError(
+            f"{self.checkpoint.directory}: the weights do not fit the config's {self.config.model_type} model.\n"
+            + "".join(f"Missing: {name}\n" for name in missing[:5])
+            + "".join(f"Unknown: {name}\n" for name in unknown[:5])
+            + "A model that was quantised or whose parts were renamed cannot be used; take the original."
+        )
 
     def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
         """Load every tensor of ``module`` from the names that start with ``prefix``, and freeze it."""
-        wanted = list(module.state_dict())
-        present = {name.removeprefix(prefix) for name in self.checkpoint.names() if name.startswith(prefix)}
-        missing = [name for name in wanted if name not in present]
-        unknown = [name for name in present if name not in wanted and not name.endswith(COMPUTED_BUFFERS)]
-        if missing or unknown:
-            raise UsageError(
-                f"{self.checkpoint.directory}: the weights do not fit the config's {self.config.model_type} model.\n"
-                + "".join(f"Missing: {prefix}{name}\n" for name in missing[:5])
-                + "".join(f"Unknown: {prefix}{name}\n" for name in sorted(unknown)[:5])
-                + "A model that was quantised or whose parts were renamed cannot be used; take the original."
-            )
-        tensors = {name.removeprefix(prefix): t for name, t in self._read([prefix + n for n in wanted]).items()}
+        found = self.weights.read(prefix, self.dtype, self.device)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        missing = [prefix + name for name in module.state_dict() if name not in tensors]
+        if missing:
+            raise self._misfit(missing, [])
         try:
             module.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
@@ -121,26 +234,31 @@ class CausalLM:
 
     def embedding(self) -> nn.Module:
         """Load the token embedding."""
-        return self._fill(self._skeleton.model.embed_tokens, EMBEDDING.removesuffix("weight"))
+        return self._fill(self._inner.embed_tokens, EMBEDDING.removesuffix("weight"))
 
     def block(self, index: int) -> nn.Module:
-        """Load decoder block ``index``."""
-        return self._fill(self._skeleton.model.layers[index], LAYER_PREFIX.format(index))
+        """Load decoder block ``index``, in 4 bits where that was asked for."""
+        block = self._fill(self._inner.layers[index], LAYER_PREFIX.format(index))
+        if self.four_bit:
+            quantise_block_(block)
+        for kind, size in stored_bytes([block]).items():
+            self.stored[kind] += size
+        return block
 
     def final_norm(self) -> nn.Module:
         """Load the norm before the head."""
-        return self._fill(self._skeleton.model.norm, NORM_PREFIX)
+        return self._fill(self._inner.norm, NORM_PREFIX)
 
-    def head_weight(self, embedding: nn.Module | None = None) -> Tensor:
+    def head_weight(self, embedding: nn.Module | None = None) -> nn.Parameter:
         """Return the head's weight [V, H]: the embedding's own where it is tied and ``embedding`` is at hand."""
         if self.tied and embedding is not None:
             return embedding.weight  # type: ignore[return-value]  # nn.Module types its attributes loosely
         name = EMBEDDING if self.tied else HEAD
-        return self._read([name])[name]
+        found = self.weights.read(name, self.dtype, self.device)
+        if name not in found:
+            raise self._misfit([name], [])
+        return nn.Parameter(found[name], requires_grad=False)
 
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    def head_weights(self, embedding: nn.Module | None = None) -> list[nn.Parameter]:
+        """The head's weights of a pipeline's last layer: one, which all rows of a micro-batch share."""
+        return [self.head_weight(embedding)]

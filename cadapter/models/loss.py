@@ -1,21 +1,26 @@
 """Cross-entropy straight from hidden states: never a [tokens, vocabulary] tensor.
 
-The head's product and the softmax run over chunks of tokens. The gradient of the hidden states is taken in the
-forward pass, while a chunk's logits are there, so that nothing of the vocabulary's width is kept for backward.
-The head's weight is frozen here.
+The head's product and the softmax run over chunks of tokens. Gradients are taken in the forward pass, while a
+chunk's logits are there, so that nothing of a chunk's size is kept for backward: of the hidden states' gradient
+[T, H], and, where the head itself is trained, of its weight's [V, H].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cadapter.classes import IGNORED_LABEL
+from cadapter.models.families import LogitFacts
 
 CHUNK_BYTES = 256 * 2**20
 """Bytes of float32 logits that one chunk may take."""
+
+PLAIN = LogitFacts()
+"""Logits that are the product of hidden states and head weight, and nothing else."""
 
 
 class TokenLosses(NamedTuple):
@@ -30,19 +35,37 @@ def chunk_length(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the float32 logits [T, V] of normed hidden states [T, H]; the product runs in the weight's dtype."""
-    return (hidden @ weight.T).float()
+def logits_of(hidden: Tensor, weight: Tensor, facts: LogitFacts = PLAIN) -> Tensor:
+    """Return the float32 logits [T, V] of normed hidden states [T, H].
+
+    The product runs in the weight's dtype, what ``facts`` say is done to it in float32.
+    """
+    return facts.apply((hidden @ weight.T).float())
+
+
+def _slope_of_products(
+    logits: Tensor, log_normaliser: Tensor, targets: Tensor, factor: Tensor, facts: LogitFacts
+) -> Tensor:
+    """d(Σ f·nll)/d(hidden·weightᵀ) of a chunk, [T, V] float32; ``logits`` is overwritten.
+
+    That is f·(softmax − one-hot)·d(logit)/d(product), where for a logit c·tanh(s·x/c) the last is
+    s·(1 − (logit/c)²).
+    """
+    bend = None if facts.softcap is None else 1 - (logits / facts.softcap).square_()
+    factor = factor * facts.scale
+    slope = logits.sub_(log_normaliser).exp_().mul_(factor)
+    slope.scatter_add_(1, targets, -factor)
+    return slope if bend is None else slope.mul_(bend)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, facts: LogitFacts
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = hidden.shape[0]
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         step = chunk_length(weight.shape[0])
@@ -50,42 +73,55 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + step)
             counted = labels[rows] != IGNORED_LABEL
             targets = labels[rows].clamp(min=0).unsqueeze(1)
-            logits = logits_of(hidden[rows], weight)
-            log_normaliser = torch.logsumexp(logits, dim=1)
-            chosen = logits.gather(1, targets).squeeze(1)
-            nll[rows] = torch.where(counted, log_normaliser - chosen, 0.0)
+            logits = logits_of(hidden[rows], weight, facts)
+            log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            chosen = logits.gather(1, targets)
+            nll[rows] = torch.where(counted, (log_normaliser - chosen).squeeze(1), 0.0)
             correct[rows] = counted & (logits.argmax(dim=1) == targets.squeeze(1))
-            if gradient is not None:
-                # d(Σ w·nll)/d(logits) = w·(softmax − one-hot), made in place of the logits
-                factor = torch.where(counted, token_weights[rows], 0.0).unsqueeze(1)
-                slope = logits.sub_(log_normaliser.unsqueeze(1)).exp_().mul_(factor)
-                slope.scatter_add_(1, targets, -factor)
-                gradient[rows] = slope.to(weight.dtype) @ weight
-        ctx.gradient = gradient
+            if hidden_gradient is None and weight_gradient is None:
+                continue
+            factor = torch.where(counted, token_weights[rows], 0.0).unsqueeze(1)
+            slope = _slope_of_products(logits, log_normaliser, targets, factor, facts).to(weight.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = slope @ weight
+            if weight_gradient is not None:
+                weight_gradient += slope.T @ hidden[rows]
+        ctx.gradients = ((hidden_gradient, hidden.dtype), (weight_gradient, weight.dtype))
         ctx.mark_non_differentiable(nll, correct)
         return (nll * token_weights).sum(), nll, correct
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        gradient = ctx.gradient
-        ctx.gradient = None
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        gradients = ctx.gradients
+        ctx.gradients = None
         # In float32: a factor rounded to bfloat16 would be up to 0.4 % off, for every token alike.
-        scaled = (gradient.float() * output_gradients[0]).to(gradient.dtype)
-        return scaled, None, None, None
+        hidden, weight = (
+            None if gradient is None else gradient.float().mul_(output_gradients[0]).to(dtype)
+            for gradient, dtype in gradients
+        )
+        return hidden, weight, None, None, None
 
 
 def weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, logits: LogitFacts = PLAIN
 ) -> tuple[Tensor, TokenLosses]:
     """Return Σ w·nll over all tokens (a differentiable float32 scalar) and what it says of each token.
 
+    A weight that requires a gradient costs one float32 buffer [V, H] from forward to backward, and within a chunk its
+    product [V, H] in the weight's dtype. The chunks' products, each rounded to that dtype, are summed in float32, so
+    the sum is about as exact as the one rounding to the weight's dtype that autograd's result has anyway. A frozen
+    weight costs nothing of this.
+
     Args:
         hidden: normed hidden states, [T, H].
-        weight: the head's, [V, H], frozen.
+        weight: the head's, [V, H]; trained or frozen.
         labels: [T] int64; ``IGNORED_LABEL`` where there is no cross-entropy.
         token_weights: w, [T] float32.
+        logits: what the model does to its logits.
     """
-    total, nll, correct = _WeightedCrossEntropy.apply(hidden, weight, labels, token_weights)
+    if not torch.is_grad_enabled():  # a custom function's inputs say that they need gradients even so
+        hidden, weight = hidden.detach(), weight.detach()
+    total, nll, correct = _WeightedCrossEntropy.apply(hidden, weight, labels, token_weights, logits)
     return total, TokenLosses(nll, correct)
 
 
@@ -101,23 +137,31 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Comparison:
-    """Score K rows of normed hidden states [K, T, H] against the same labels [T], and against row 0."""
+def compare_rows(
+    hidden: Tensor, weight: Tensor | Sequence[Tensor], labels: Tensor, logits: LogitFacts = PLAIN
+) -> Comparison:
+    """Score K rows of normed hidden states [K, T, H] against the same labels [T], and against row 0.
+
+    Args:
+        weight: the head's, [V, H]: one for all rows, or one for each of them.
+        logits: what the model does to its logits.
+    """
     count, tokens, _ = hidden.shape
+    heads = [weight] * count if isinstance(weight, Tensor) else list(weight)
     result = Comparison(*(torch.zeros(count, tokens, device=hidden.device) for _ in range(3)))
-    step = max(1, chunk_length(weight.shape[0]) // (2 * count))
+    step = max(1, chunk_length(heads[0].shape[0]) // (2 * count))
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         counted = labels[rows] != IGNORED_LABEL
         targets = labels[rows].clamp(min=0)
         base = None
-        for k in range(count):
-            logits = logits_of(hidden[k, rows], weight)
-            log_probabilities = torch.log_softmax(logits, dim=1)
+        for k, (row, head) in enumerate(zip(hidden, heads, strict=True)):
+            row_logits = logits_of(row[rows], head, logits)
+            log_probabilities = torch.log_softmax(row_logits, dim=1)
             base = log_probabilities if base is None else base
             chosen = log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)
             result.nll[k, rows] = torch.where(counted, -chosen, 0.0)
-            result.correct[k, rows] = (counted & (logits.argmax(dim=1) == targets)).float()
+            result.correct[k, rows] = (counted & (row_logits.argmax(dim=1) == targets)).float()
             divergence = (base.exp() * (base - log_probabilities)).sum(dim=1)
             result.kl[k, rows] = torch.where(counted, divergence, 0.0)
     return result

@@ -14,27 +14,28 @@ from typing import Any
 import torch
 
 from cadapter import __version__
-from cadapter.adapters.directory import describe_layers
-from cadapter.adapters.trained import TrainedControlAdapters
 from cadapter.classes import NEUTRAL
 from cadapter.config import Config
-from cadapter.config.layers import parse_layers
 from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.layers import CarrierFormat
-from cadapter.models.loading import DTYPES, CausalLM
-from cadapter.training.adapter_files import AdapterWriter, load_into
-from cadapter.training.distributed import World, on_main
+from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
+from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
+from cadapter.terminal import note
+from cadapter.training.distributed import GradientGroups, World, new_group, on_main, sum_over_world
 from cadapter.training.engine import Pipeline
+from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import LossSettings, TrainingLoss
+from cadapter.training.modes import mode_of
+from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Recompute, decide
 from cadapter.training.run_directory import RunDirectory
-from cadapter.training.stages import StageBuilder, adapters_of, control_settings
+from cadapter.training.stages import StageBuilder
 from cadapter.training.state import Position, check_facts, load_checkpoint
 from cadapter.training.trainer import Run
 
@@ -49,7 +50,7 @@ class Plan:
     layout: Layout
     data: PreparedData
     model: CausalLM
-    adapted: list[int]
+    mode: Mode
     builder: StageBuilder
     bounds: list[int]
     steps: BatchPlan
@@ -66,34 +67,42 @@ def prepare_together(config: Config, world: World) -> PreparedData:
     return found[0]
 
 
-def plan_run(config: Config, world: World) -> Plan:
+def load_base(config: Config, world: World, directory: Path | None = None) -> CausalLM:
+    """The model of a config, or that of ``directory`` with the config's settings; no weight is read yet.
+
+    Raises:
+        UsageError: it is no usable model.
+    """
+    attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    place = directory or resolve_model(config.model_dir)
+    return CausalLM(place, DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
+
+
+def plan_run(config: Config, world: World, resume_from: Path | None = None) -> Plan:
     """Check everything that can be checked without reading weights, and decide the layout.
 
     Raises:
         UsageError: model, data, layers and layout do not go together.
     """
     layout = Layout.of(world.size, config.pipeline_stages, world.rank, config.use_column_major_topology)
-    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
-    model = CausalLM(resolve_model(config.model_dir), DTYPES[config.dtype], world.device, attention)
-    adapted = parse_layers(config.layers_to_transform, model.layer_count)
+    # A checkpoint of full fine-tuning is the model itself.
+    model = load_base(config, world, resume_from if config.full_fine_tune else None)
+    mode = mode_of(config, model)
     neutral = config.control_class0_lambda * config.class_weights.neutral > 0
     has_neutral = any(dataset.control_class == NEUTRAL for dataset in config.datasets)
-    builder = StageBuilder(
-        model,
-        adapted,
-        control_settings(config),
-        config.seed,
-        CarrierFormat(penalty=neutral and has_neutral, dropout=config.lora_dropout > 0),
-        _recompute(config, model, layout),
+    carrier = CarrierFormat(
+        penalty=mode.name == "control" and neutral and has_neutral,
+        dropout=mode.name != "full" and config.lora_dropout > 0,
     )
-    bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), builder.trainable())
+    builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout))
+    bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     data = prepare_together(config, world)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
-    return Plan(config, layout, data, model, adapted, builder, bounds, steps)
+    return Plan(config, layout, data, model, mode, builder, bounds, steps)
 
 
-def _recompute(config: Config, model: CausalLM, layout: Layout) -> Recompute:
+def _recompute(config: Config, model: CausalLM, mode: Mode, layout: Layout) -> Recompute:
     in_flight = min(layout.stages, config.gradient_accumulation_steps)
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
     return decide(
@@ -102,26 +111,47 @@ def _recompute(config: Config, model: CausalLM, layout: Layout) -> Recompute:
         model.dtype.itemsize,
         config.micro_batch_size * config.sequence_len * in_flight,
         layout.stages,
-        sum(model.layer_bytes()) // layout.stages,
+        (sum(model.layer_bytes()) + sum(mode.trainable()) * mode.bytes_per_trained) // layout.stages,
         free,
     )
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:
     """What a resume must find unchanged: it would continue another run otherwise."""
-    config, settings = plan.config, control_settings(plan.config)
     return {
+        "mode": plan.mode.name,
         "model_type": plan.model.config.model_type,
         "hidden_size": plan.model.hidden_size,
-        "layers": plan.adapted,
-        "lora_rank": settings.rank,
-        "lora_alpha": settings.alpha,
-        "control_site": settings.site,
-        "seed": config.seed,
-        "sequence_len": config.sequence_len,
+        **plan.mode.facts(),
+        "seed": plan.config.seed,
+        "sequence_len": plan.config.sequence_len,
         "sequences per step": plan.steps.sequences_per_step,
         "training data": plan.data.fingerprint,
     }
+
+
+def gradient_groups(plan: Plan, pipeline: Pipeline) -> GradientGroups:
+    """Who adds up gradients with whom: the replicas of a stage, and the two stages of a tied embedding."""
+    layout, count = plan.layout, plan.layout.replicas
+    is_shared = plan.mode.name == "full" and plan.model.tied and layout.stages > 1
+    if not is_shared:
+        return GradientGroups(count, pipeline.replicas())
+    ends = [rank for rank in range(layout.stages * count) if layout.stage_of(rank) in (0, layout.stages - 1)]
+    return GradientGroups(count, pipeline.replicas(), EMBEDDING, new_group(ends))
+
+
+def check_stored(model: CausalLM, layout: Layout, world: World) -> str:
+    """Return how the decoder blocks of all stages are stored, in words.
+
+    Raises:
+        CadapterError: 4 bits were asked for, and most bytes are something else.
+    """
+    sizes = torch.tensor([model.stored[kind] for kind in KINDS], dtype=torch.int64, device=world.device)
+    sizes = sum_over_world(sizes * (layout.replica == 0))
+    stored = dict(zip(KINDS, sizes.tolist(), strict=True))
+    if model.four_bit:
+        check_mostly_4bit(stored)
+    return in_words(stored)
 
 
 def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Path | None) -> Run:
@@ -132,16 +162,21 @@ def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Pa
         positive=weights.positive,
         negative=weights.negative,
         neutral=config.control_class0_lambda * weights.neutral if builder.carrier.penalty else 0.0,
-        applications=builder.applications,
+        applications=plan.mode.applications,
     )
     loss = TrainingLoss(settings, config.gradient_accumulation_steps * layout.replicas, world.device)
     pipeline = Pipeline(
         builder.builders(), plan.bounds, layout, loss, config.micro_batch_size, config.gradient_accumulation_steps
     )
-    adapters = adapters_of(pipeline.layers())
-    trained = TrainedControlAdapters(adapters, plan.adapted, config.lora_weight_decay, world.device)
-    optimiser = Optimiser(trained.parameters(), (config.beta1, config.beta2), config.eps)
+    stored = check_stored(plan.model, layout, world)
+    if world.is_main:
+        note(f"Decoder blocks in memory: {stored}.")
+    trained = plan.mode.trained(pipeline.layers())
+    parameters = trained.parameters()
+    optimiser = Optimiser(parameters, (config.beta1, config.beta2), config.eps)
     facts, position = run_facts(plan), Position()
+    if config.init_from is not None and resume_from is None:
+        plan.mode.load(pipeline.layers(), Path(config.init_from))
     if resume_from is not None:
         saved = load_checkpoint(resume_from)
         check_facts(saved, facts)
@@ -151,8 +186,8 @@ def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Pa
                 f"{resume_from} is the end of this run already: {position.step} of {plan.steps.total_steps} steps.\n"
                 "Raise epochs or max_steps to go on."
             )
-        load_into(adapters, resume_from)
-        optimiser.load_state(saved.optimiser)
+        plan.mode.load(pipeline.layers(), resume_from)
+        optimiser.load_state(saved.moments)
     return Run(
         config=config,
         world=world,
@@ -160,18 +195,15 @@ def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Pa
         directory=directory,
         pipeline=pipeline,
         loss=loss,
+        mode=plan.mode,
         trained=trained,
+        gradients=Gradients(parameters, trained.copies, DTYPES[config.gradient_dtype]),
+        groups=gradient_groups(plan, pipeline),
         optimiser=optimiser,
         plan=plan.steps,
         batches=StepBatches(plan.data.train, plan.steps),
         evaluation=_evaluation(plan),
         evaluation_accumulation=_evaluation_accumulation(config),
-        writer=AdapterWriter(
-            control_settings(config),
-            plan.adapted,
-            (config.model_dir, plan.model.config.model_type),
-            describe_layers(plan.model.checkpoint, plan.adapted),
-        ),
         facts=facts,
         position=position,
     )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,6 +24,9 @@ TIMEOUT = timedelta(minutes=30)
 
 FAILED, HEARD = "cadapter/failed", "cadapter/heard"
 """Keys of the store: the rank that tells of a failure with the exit code, and how many ranks know of it."""
+BUCKET_NUMBERS = 1 << 26
+"""How many numbers of gradients are added up at once: 256 MiB in float32."""
+
 HEAD_START, PATIENCE = timedelta(seconds=2), timedelta(seconds=5)
 """How long other ranks let rank 0 tell of what all of them met, and how long rank 0 waits for them at the end."""
 
@@ -136,6 +140,53 @@ def sum_over_world(values: Tensor) -> Tensor:
     return values
 
 
+@dataclass(frozen=True)
+class GradientGroups:
+    """Who adds up gradients with whom.
+
+    Attributes:
+        count: the number of replicas.
+        replicas: the processes that hold this stage.
+        tied_name: the parameter that the first and the last stage share, or "".
+        tied: the processes that hold it.
+    """
+
+    count: int
+    replicas: Any
+    tied_name: str = ""
+    tied: Any = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to add up with."""
+        return self.count == 1 and not self.tied_name
+
+
+def new_group(ranks: Sequence[int]) -> Any:
+    """Make a group of processes; every process of the world calls this, whether it belongs to the group or not."""
+    return dist.new_group(list(ranks))
+
+
+def average(tensors: Sequence[Tensor], group: Any, count: int) -> None:
+    """Replace each tensor by the sum over ``group`` divided by ``count``, in buckets of one dtype."""
+    bucket: list[Tensor] = []
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        following = tensors[index + 1] if index + 1 < len(tensors) else None
+        full = sum(each.numel() for each in bucket) >= BUCKET_NUMBERS
+        if following is None or following.dtype != tensor.dtype or full:
+            _average_bucket(bucket, group, count)
+            bucket = []
+
+
+def _average_bucket(bucket: list[Tensor], group: Any, count: int) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat, group=group)
+    flat.div_(count)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.get_world_size() > 1:
@@ -181,18 +232,58 @@ def on_main(work: Callable[[], None], world: World) -> None:
         raise CadapterError(f"Rank 0 failed.\n{failure}")
 
 
-def gather_tensors(tensors: dict[str, Tensor], sources: Sequence[int], world: World) -> dict[str, Tensor]:
-    """Bring the named tensors of the ranks ``sources`` together on rank 0 (CPU); elsewhere return nothing.
+def stream_to_main(
+    own: Iterator[dict[str, Tensor]],
+    sources: Sequence[int],
+    world: World,
+    write: Callable[[Iterator[dict[str, Tensor]]], None],
+) -> None:
+    """Have ``write`` called on rank 0 with the parts of all sources, in order, on the CPU, one at a time.
 
-    They travel in the safetensors format, so that nothing is unpickled.
+    Parts travel in the safetensors format, so that nothing is unpickled.
+
+    Args:
+        own: this process's parts; used only if it is one of ``sources``.
+        sources: ranks; rank 0 may be one of them.
+
+    Raises:
+        Exception: what ``write`` raised, on rank 0; :class:`CadapterError` of it on the others.
     """
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    gathered: dict[str, Tensor] = {}
-    for source in sources:
-        if world.size == 1:
-            return own
-        payload = safetensors.torch.save(own) if world.rank == source else b""
-        received = _broadcast_bytes(payload, source, world.device)
-        if world.is_main:
-            gathered.update(own if source == 0 else safetensors.torch.load(received))
-    return gathered
+    own = (part for part in own if part)
+    if world.rank in sources and not world.is_main:
+        for part in own:
+            _send(safetensors.torch.save(_on_cpu(part)), world)
+        _send(b"", world)
+
+    def work() -> None:
+        parts = (
+            part for source in sources for part in (map(_on_cpu, own) if source == 0 else _received(source, world))
+        )
+        try:
+            write(parts)
+        finally:
+            for _ in parts:  # after an error: nobody is left waiting to be heard
+                pass
+
+    on_main(work, world)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _send(payload: bytes, world: World) -> None:
+    dist.send(torch.tensor([len(payload)], dtype=torch.int64, device=world.device), 0)
+    if payload:
+        dist.send(torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(world.device), 0)
+
+
+def _received(source: int, world: World) -> Iterator[dict[str, Tensor]]:
+    while True:
+        length = torch.zeros(1, dtype=torch.int64, device=world.device)
+        dist.recv(length, source)
+        if not int(length):
+            return
+        buffer = torch.empty(int(length), dtype=torch.uint8, device=world.device)
+        dist.recv(buffer, source)
+        yield safetensors.torch.load(buffer.cpu().numpy().tobytes())

@@ -1,8 +1,8 @@
 """Everything DeepSpeed, and only here: the pipeline module, the engine that runs its schedule, the topology.
 
-DeepSpeed moves micro-batches through the stages and averages gradients over replicas. The optimiser's step is
-ours: the trainer takes it after :meth:`Pipeline.train` has returned, so that clipping, Adam and decay are plain
-code on plain gradients. Work-arounds say which versions they are for.
+DeepSpeed moves micro-batches through the stages. What follows is ours: the trainer averages gradients over replicas
+and takes the optimiser's step after :meth:`Pipeline.train` has returned, so that reduction, clipping, Adam and decay
+are plain code on plain gradients. Work-arounds say which versions they are for.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ class _Stage(PipelineModule):
 
 
 class _Engine(PipelineEngine):
-    """DeepSpeed's engine without its optimiser step."""
+    """DeepSpeed's engine without its reduction of gradients and its optimiser step."""
 
     def _broadcast_model(self) -> None:
         """Nothing to send: every replica has read the same files and drawn the same initial values."""
 
-    def _leave_step_to_trainer(self, lr_kwargs: Any = None) -> None:
-        """Do nothing where the schedule says OptimizerStep."""
+    def _leave_to_trainer(self, lr_kwargs: Any = None) -> None:
+        """Do nothing where the schedule says ReduceGrads, ReduceTiedGrads or OptimizerStep."""
 
     def _backward_all(self, buffer_id: int) -> None:
         """Run one backward pass for all floats that crossed the boundary.
@@ -122,7 +122,9 @@ class _Engine(PipelineEngine):
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 (DeepSpeed's own name and form)
         **PipelineEngine._INSTRUCTION_MAP,
-        schedule.OptimizerStep: _leave_step_to_trainer,
+        schedule.ReduceTiedGrads: _leave_to_trainer,
+        schedule.ReduceGrads: _leave_to_trainer,
+        schedule.OptimizerStep: _leave_to_trainer,
         schedule.BackwardPass: _backward_all,
     }
 
@@ -182,8 +184,12 @@ class Pipeline:
         """The pipeline layers of this stage, in order."""
         return list(self.module.forward_funcs)
 
+    def replicas(self) -> Any:
+        """The group of the processes that hold this stage."""
+        return self.module.mpu().get_data_parallel_group()
+
     def train(self, micro_batches: Iterable[PipelineBatch]) -> None:
-        """Run a step's micro-batches forward and backward; gradients are left averaged over micro-batches and replicas.
+        """Run a step's micro-batches forward and backward; gradients are left averaged over this replica's.
 
         Every process calls this with the micro-batches of its replica.
         """

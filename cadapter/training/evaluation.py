@@ -13,16 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cadapter.adapters.control import ControlSettings, Transform
-from cadapter.adapters.directory import ControlAdapterFiles, read_control_adapter, validate_against
-from cadapter.adapters.strengths import load_factors, neumann_note, strength_table
 from cadapter.classes import IGNORED_LABEL
 from cadapter.config import Config
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
 from cadapter.errors import UsageError
-from cadapter.models.checkpoint import resolve_model
-from cadapter.models.layers import CarrierFormat, DecoderLayer
-from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.models.layers import CarrierFormat
 from cadapter.training.build import prepare_together
 from cadapter.training.distributed import World, joined_world, sum_over_world
 from cadapter.training.engine import Pipeline, PipelineBatch
@@ -30,7 +25,8 @@ from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import ComparisonLoss
 from cadapter.training.recompute import Recompute
 from cadapter.training.scores import Contrast, Score, contrasts, score_datasets
-from cadapter.training.stages import StageBuilder, adapters_of
+from cadapter.training.stages import StageBuilder
+from cadapter.training.subjects import subject_of
 
 LENGTH_STEP = 64
 """Documents are padded to a multiple of this many tokens, so that few different shapes run."""
@@ -38,10 +34,10 @@ LENGTH_STEP = 64
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What the command line adds to a config."""
+    """What the command line adds to a config; no strengths: those that the adapter is evaluated at by default."""
 
     adapter: Path
-    strengths: tuple[float, ...] = (1.0, -1.0)
+    strengths: tuple[float, ...] | None = None
     data: tuple[tuple[str, int], ...] = ()
 
 
@@ -66,23 +62,20 @@ def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
 
 
 def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation | None:
-    files = read_control_adapter(options.adapter)
-    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
-    model = CausalLM(resolve_model(config.model_dir), DTYPES[config.dtype], world.device, attention)
-    validate_against(files, model.hidden_size, model.layer_count)
+    subject = subject_of(config, options.adapter, options.strengths, world)
     found = _documents(config, options, world)
     documents = [document for document in found if _scored_tokens(document)]
     if not documents:
         raise UsageError("There is no document to evaluate on.\nSet eval_fraction above 0, or give --data FILE:CLASS.")
-    strengths = [0.0, *dict.fromkeys(t for t in options.strengths if t != 0)]
-    # Refuse an impossible strength before any weight is read.
-    tables = {layer: strength_table(files, layer, strengths) for layer in files.layers}
+    strengths = subject.strengths
     # On one process the whole model is one stage, however the run was laid out.
     stages = 1 if world.size == 1 else config.pipeline_stages
     layout = Layout.of(world.size, stages, world.rank, config.use_column_major_topology)
     loss = ComparisonLoss()
-    pipeline = _pipeline(model, files, layout, loss, len(strengths))
-    install(pipeline, files, tables)
+    builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0))
+    bounds = stage_bounds("estimated_size", layout.stages, subject.model.layer_bytes(), subject.mode.trainable())
+    pipeline = Pipeline(builder.builders(), bounds, layout, loss, len(strengths), 1)
+    subject.install(pipeline.layers())
     for length, group in _by_length(documents, config.sequence_len).items():
         shares = _share(group, layout)
         pipeline.evaluate(_micro_batches(documents, shares, length, len(strengths)), len(shares))
@@ -99,7 +92,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
         score_datasets(table, strengths, names, classes),
         contrasts(table, strengths, classes),
         len(found) - len(documents),
-        neumann_note(files, strengths),
+        subject.note,
     )
 
 
@@ -116,24 +109,6 @@ def _documents(config: Config, options: EvalOptions, world: World) -> list[HeldO
 
 def _scored_tokens(document: HeldOutDocument) -> int:
     return int(document.trained[1:].sum())
-
-
-def _pipeline(model: CausalLM, files: ControlAdapterFiles, layout: Layout, loss: ComparisonLoss, rows: int) -> Pipeline:
-    settings = ControlSettings(files.rank, files.alpha, files.site)
-    builder = StageBuilder(model, list(files.layers), settings, 0, CarrierFormat(), Recompute(0))
-    bounds = stage_bounds("estimated_size", layout.stages, model.layer_bytes(), builder.trainable())
-    return Pipeline(builder.builders(), bounds, layout, loss, rows, 1)
-
-
-def install(pipeline: Pipeline, files: ControlAdapterFiles, tables: dict[int, list[Transform]]) -> None:
-    """Give this stage's adapters their factors and its blocks their transforms."""
-    for adapter in adapters_of(pipeline.layers()):
-        load_factors(adapter, files)
-    for layer in pipeline.layers():
-        if isinstance(layer, DecoderLayer) and layer.index in tables:
-            device = next(layer.parameters()).device
-            moved = [(code, None if t is None else t.to(device)) for code, t in tables[layer.index]]
-            layer.set_transforms(moved)
 
 
 def _by_length(documents: Sequence[HeldOutDocument], longest: int) -> dict[int, list[int]]:

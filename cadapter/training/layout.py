@@ -35,10 +35,14 @@ class Layout:
         check_layout(stages, processes)
         return cls(stages, processes // stages, rank, column_major)
 
+    def stage_of(self, rank: int) -> int:
+        """The pipeline stage of a process, from 0."""
+        return rank % self.stages if self.column_major else rank // self.replicas
+
     @property
     def stage(self) -> int:
         """The pipeline stage of this process, from 0."""
-        return self.rank % self.stages if self.column_major else self.rank // self.replicas
+        return self.stage_of(self.rank)
 
     @property
     def replica(self) -> int:

@@ -70,7 +70,7 @@ class TrainingLoss:
         positive, negative = classes == POSITIVE, classes == NEGATIVE
         weights = positive * self.settings.positive + negative * self.settings.negative
         hidden = outputs.hidden.flatten(0, 1)
-        total, tokens = weighted_cross_entropy(hidden, outputs.weight, labels, weights)
+        total, tokens = weighted_cross_entropy(hidden, outputs.weights[0], labels, weights, outputs.logits)
         trained = labels >= 0
         neutral = total.new_zeros(()) if outputs.penalty is None else outputs.penalty.squeeze(0)
         with torch.no_grad():
@@ -105,7 +105,8 @@ class ComparisonLoss:
     def __call__(self, outputs: HeadInputs, targets: tuple[Tensor, ...]) -> Tensor:
         """``targets``: labels [K, T] int64, alike in every row, and the document's index [1] int64 (−1: filler)."""
         labels, index = targets
-        scores = compare_rows(outputs.hidden, outputs.weight, labels[0])
+        heads = outputs.weights if len(outputs.weights) > 1 else outputs.weights[0]
+        scores = compare_rows(outputs.hidden, heads, labels[0], outputs.logits)
         count = (labels >= 0).sum(dim=1)
         sums = [part.double().sum(dim=1) for part in (scores.nll, scores.correct, scores.kl)]
         self.results.append((int(index), torch.stack([*sums, count.double()], dim=1).cpu()))

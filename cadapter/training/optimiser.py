@@ -1,25 +1,22 @@
-"""The optimiser's part of a step: one global gradient norm, clipping, Adam; and Adam's state by parameter name."""
+"""The optimiser's part of a step: clipping, Adam; and Adam's state by parameter name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from optimi import Adam
 from torch import Tensor, nn
 
 from cadapter.errors import UsageError
+from cadapter.training.gradients import Gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "kahan_comp")
+STEPS = "steps"
 
 
-def squared_gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Return Σ g² over the parameters' gradients, a float64 scalar on ``device``."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total = total + parameter.grad.float().square().sum().double()
-    return total
+GROUP_BYTES = 1 << 30
+"""The optimiser's step works on about this many bytes of parameters at a time, to bound its intermediate results."""
 
 
 class Optimiser:
@@ -32,63 +29,84 @@ class Optimiser:
 
     def __init__(self, parameters: dict[str, nn.Parameter], betas: tuple[float, float], eps: float) -> None:
         self.parameters = parameters
+        self._groups = list(_grouped(parameters))
         # foreach and not Triton: the same arithmetic on every device, and a resume that is exact.
-        self._adam = (
-            Adam(list(parameters.values()), lr=1.0, betas=betas, eps=eps, foreach=True, triton=False)
-            if parameters
-            else None
-        )
+        self._adams = [
+            Adam([parameters[name] for name in names], lr=1.0, betas=betas, eps=eps, foreach=True, triton=False)
+            for names in self._groups
+        ]
 
-    def step(self, lr: float, clip_factor: float) -> None:
+    def step(self, lr: float, clip_factor: float, gradients: Gradients) -> None:
         """Multiply the gradients by ``clip_factor`` if it is below 1, then take one Adam step."""
-        if self._adam is None:
-            return
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        if clip_factor < 1.0:
-            torch._foreach_mul_(gradients, clip_factor)
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
+        for names, adam in zip(self._groups, self._adams, strict=True):
+            gradients.hand_over(names, clip_factor)
+            for group in adam.param_groups:
+                group["lr"] = lr
+            adam.step()
+            for name in names:
+                self.parameters[name].grad = None
 
-    def clear_gradients(self) -> None:
-        """Forget the gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """Adam's moments of the parameters ``names`` as ``NAME.exp_avg`` and so on, a group at a time.
 
-    def state(self) -> dict[str, Tensor]:
-        """Adam's moments as ``NAME.exp_avg`` and so on, and its own count of steps as ``steps``."""
-        if self._adam is None or not self._adam.state:
-            return {}
-        tensors = {
-            f"{name}.{moment}": self._adam.state[parameter][moment]
-            for name, parameter in self.parameters.items()
-            for moment in MOMENTS
-            if self._adam.state[parameter].get(moment) is not None
-        }
-        return {**tensors, "steps": self._adam.param_groups[0]["step"].clone()}
+        Each group has Adam's own count of steps as ``steps`` beside it.
+        """
+        for group, adam in zip(self._groups, self._adams, strict=True):
+            tensors = {
+                f"{name}.{moment}": adam.state[self.parameters[name]][moment]
+                for name in group
+                for moment in MOMENTS
+                if name in names and adam.state[self.parameters[name]].get(moment) is not None
+            }
+            if tensors:
+                yield {**tensors, STEPS: adam.param_groups[0]["step"].clone()}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a state that :meth:`state` gave; names of other stages' parameters are passed over.
+    def load_state(self, read: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Take over a state that :meth:`state` gave.
+
+        Args:
+            read: gives those of the named tensors that there are.
 
         Raises:
             UsageError: a moment of a parameter or the count of steps is missing, or a moment has another shape.
         """
-        if self._adam is None or not tensors:
-            return
-        if "steps" not in tensors:
-            raise UsageError("The checkpoint's optimiser state does not fit: steps.")
-        group = self._adam.param_groups[0]
-        for name, parameter in self.parameters.items():
-            state = self._adam.state[parameter]
-            for moment in MOMENTS:
-                saved = tensors.get(f"{name}.{moment}")
-                if saved is None and moment == "kahan_comp":
-                    state[moment] = None
-                elif saved is None or saved.shape != parameter.shape:
-                    raise UsageError(f"The checkpoint's optimiser state does not fit: {name}.{moment}.")
-                else:
-                    state[moment] = saved.to(parameter.device, parameter.dtype, copy=True)
-            if state["kahan_comp"] is not None:
-                group["kahan_sum"] = True  # optimi decides this where it makes a state, which it does not here
-        group["setup"] = True
-        group["step"] = tensors["steps"].to(torch.int32).clone()
+        for group, adam in zip(self._groups, self._adams, strict=True):
+            wanted = [f"{name}.{moment}" for name in group for moment in MOMENTS]
+            tensors = read([*wanted, STEPS])
+            if not tensors:  # no step was taken yet that was not skipped
+                continue
+            if STEPS not in tensors:
+                raise UsageError("The checkpoint's optimiser state does not fit: it has no count of steps.")
+            for name in group:
+                self._load_moments(adam, name, tensors)
+            settings = adam.param_groups[0]
+            settings["setup"] = True
+            settings["step"] = tensors[STEPS].to(torch.int32).clone()
+
+    def _load_moments(self, adam: Adam, name: str, tensors: dict[str, Tensor]) -> None:
+        parameter = self.parameters[name]
+        state = adam.state[parameter]
+        for moment in MOMENTS:
+            saved = tensors.get(f"{name}.{moment}")
+            if saved is None and moment == "kahan_comp":
+                state[moment] = None
+            elif saved is None or saved.shape != parameter.shape:
+                raise UsageError(f"The checkpoint's optimiser state does not fit: {name}.{moment}.")
+            else:
+                state[moment] = saved.to(parameter.device, parameter.dtype, copy=True)
+        if state["kahan_comp"] is not None:
+            adam.param_groups[0]["kahan_sum"] = True  # optimi decides this where it makes a state, as it does not here
+
+
+def _grouped(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
+    """Names of parameters of one dtype that stand together and take about ``GROUP_BYTES``."""
+    group: list[str] = []
+    size = 0
+    for name, parameter in parameters.items():
+        if group and (size >= GROUP_BYTES or parameter.dtype != parameters[group[0]].dtype):
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += parameter.numel() * parameter.element_size()
+    if group:
+        yield group

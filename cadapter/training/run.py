@@ -17,12 +17,9 @@ from cadapter.training.distributed import World, from_main, joined_world, on_mai
 from cadapter.training.report import Reporter
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
-from cadapter.training.stages import control_settings
 from cadapter.training.trainer import Trainer
 
 GIB = 2**30
-BYTES_PER_TRAINED = 16
-"""Bytes of a float32 parameter with its gradient and Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
     if world.is_main:
         for text in config_warnings(config):
             warn(text)
-    plan = plan_run(config, world)
+    plan = plan_run(config, world, resume_from)
     if world.is_main:
         show_plan(plan)
     if options.dry_run:
@@ -106,7 +103,7 @@ def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world:
 def show_plan(plan: Plan) -> None:
     """Print the layout, the steps and what each stage holds."""
     config, layout, steps = plan.config, plan.layout, plan.steps
-    settings, trainable, sizes = control_settings(config), plan.builder.trainable(), plan.model.layer_bytes()
+    trainable, sizes = plan.mode.trainable(), plan.model.layer_bytes()
     rows = []
     for stage in range(layout.stages):
         first, stop = plan.bounds[stage], plan.bounds[stage + 1]
@@ -118,7 +115,7 @@ def show_plan(plan: Plan) -> None:
                 names[0] if first == stop - 1 else f"{names[0]} … {names[1]}",
                 f"{sum(sizes[first:stop]) / GIB:.3f}",
                 f"{trained:,}",
-                f"{trained * BYTES_PER_TRAINED / GIB:.3f}",
+                f"{trained * plan.mode.bytes_per_trained / GIB:.3f}",
             ]
         )
     table(
@@ -130,10 +127,7 @@ def show_plan(plan: Plan) -> None:
     if plan.builder.recompute.reason:
         note(plan.builder.recompute.reason)
     tokens = int(plan.data.train.tokens.sum())
-    note(
-        f"Control Adapters: rank {settings.rank}, scale {settings.scale:g}, site {settings.site}, "
-        f"{len(plan.adapted)} of {plan.model.layer_count} layers, {sum(trainable):,} parameters."
-    )
+    note(plan.mode.description())
     note(
         f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens), "
         f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
@@ -163,4 +157,5 @@ def _show_end(seconds: float, tokens: int, directory: RunDirectory, plan: Plan) 
         f"Trained {plan.steps.total_steps:,} steps on {tokens:,} tokens in {seconds:,.0f} s "
         f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)."
     )
-    note(f"The adapter is in {directory.final}.")
+    what = "model" if plan.mode.name == "full" else "adapter"
+    note(f"The {what} is in {directory.final}.")

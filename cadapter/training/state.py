@@ -1,8 +1,8 @@
 """Checkpoints of a run: safetensors and JSON only, independent of the layout, whole or not at all.
 
     checkpoints/step-000100/
-        adapter_config.json, adapter_model.safetensors, README.md    a complete adapter directory
-        optimizer.safetensors                                        Adam's moments by parameter name
+        adapter_config.json, adapter_model.safetensors, README.md    a complete adapter directory (or a model's)
+        optimizer-00001.safetensors, …                               Adam's moments by parameter name
         state.json                                                   position in the run and what it depends on
         manifest.json                                                sizes and SHA-256 of all of these
 
@@ -16,22 +16,23 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cadapter.errors import UsageError
 from cadapter.files import new_directory, write_json
 
-OPTIMISER_FILE = "optimizer.safetensors"
+OPTIMISER_STEM = "optimizer"
+OPTIMISER_TAG = "optimiser:"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -59,12 +60,43 @@ class Position:
 
 @dataclass
 class Saved:
-    """A checkpoint read back: position, facts the run depended on, Adam's moments by parameter name."""
+    """A checkpoint read back: position, facts the run depended on, and where Adam's moments are."""
 
     path: Path
     position: Position
     facts: dict[str, Any]
-    optimiser: dict[str, Tensor]
+
+    def moments(self, names: list[str]) -> dict[str, Tensor]:
+        """Those of the named tensors of the optimiser's state that there are.
+
+        Raises:
+            UsageError: a file is damaged.
+        """
+        found: dict[str, Tensor] = {}
+        for file in sorted(self.path.glob(f"{OPTIMISER_STEM}-*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    there = set(tensors.keys())
+                    found.update({name: tensors.get_tensor(name) for name in names if name in there})
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{file} is damaged: {error}.") from error
+        return found
+
+
+class PartWriter(Protocol):
+    """Takes tensors part by part and writes them as files of a directory."""
+
+    def add(self, part: dict[str, Tensor]) -> None:
+        """Take the next tensors by name; what can be written already is written."""
+
+    def finish(self) -> None:
+        """Write the rest: all parts are there."""
+
+
+def tagged(parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Mark parts of the optimiser's state for :func:`save_checkpoint`."""
+    for part in parts:
+        yield {OPTIMISER_TAG + name: tensor for name, tensor in part.items()}
 
 
 def _digest(path: Path) -> str:
@@ -79,8 +111,8 @@ def save_checkpoint(
     directory: Path,
     position: Position,
     facts: dict[str, Any],
-    optimiser: dict[str, Tensor],
-    write_adapter: Callable[[Path], None],
+    parts: Iterable[dict[str, Tensor]],
+    writer_into: Callable[[Path], PartWriter],
     keep: int,
 ) -> Path:
     """Write checkpoint ``step-NNNNNN`` under ``directory``, then remove all but the newest ``keep``.
@@ -89,15 +121,22 @@ def save_checkpoint(
         directory: the run's checkpoints/.
         position: where the run stands.
         facts: what a resume must find unchanged, by name.
-        optimiser: Adam's moments of all stages.
-        write_adapter: writes the adapter directory's files into a directory.
+        parts: of what is trained, and of the optimiser's state (see :func:`tagged`), mixed.
+        writer_into: makes the writer of what is trained.
         keep: how many checkpoints stay.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step-{position.step:06d}"
     with new_directory(target, force=True) as temporary:
-        write_adapter(temporary)
-        safetensors.torch.save_file(optimiser, temporary / OPTIMISER_FILE)
+        writer, count = writer_into(temporary), 0
+        for part in parts:
+            if next(iter(part)).startswith(OPTIMISER_TAG):
+                count += 1
+                moments = {name.removeprefix(OPTIMISER_TAG): tensor for name, tensor in part.items()}
+                safetensors.torch.save_file(moments, temporary / f"{OPTIMISER_STEM}-{count:05d}.safetensors")
+            else:
+                writer.add(part)
+        writer.finish()
         write_json(temporary / STATE_FILE, {"format": FORMAT, "position": asdict(position), "facts": facts})
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
@@ -126,7 +165,7 @@ def fault_of(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size or _digest(path) != digest:
             return f"{name} is damaged"
-    return None if {STATE_FILE, OPTIMISER_FILE} <= set(expected) else "it is incomplete"
+    return None if STATE_FILE in expected else "it is incomplete"
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
@@ -141,7 +180,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path) -> Saved:
-    """Read what :func:`save_checkpoint` wrote, except the adapter.
+    """Read what :func:`save_checkpoint` wrote, except what was trained.
 
     Raises:
         UsageError: it was written by another version's format, or cannot be read.
@@ -150,9 +189,8 @@ def load_checkpoint(path: Path) -> Saved:
         state = json.loads((path / STATE_FILE).read_text("utf-8"))
         if state["format"] != FORMAT:
             raise UsageError(f"{path} has format {state['format']}; this cadapter reads format {FORMAT}.")
-        optimiser = safetensors.torch.load_file(path / OPTIMISER_FILE)
-        return Saved(path, Position(**state["position"]), state["facts"], optimiser)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return Saved(path, Position(**state["position"]), state["facts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
@@ -12,23 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadapter.adapters.trained import NormSummary, TrainedControlAdapters
+from cadapter.adapters.trained import Norms, Trained
 from cadapter.config import Config
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
 from cadapter.errors import Stopped
+from cadapter.files import new_directory
 from cadapter.terminal import warn
-from cadapter.training.adapter_files import AdapterWriter
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
-from cadapter.training.distributed import World, barrier, gather_tensors, on_main, sum_over_world
+from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world
 from cadapter.training.engine import Pipeline
+from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
-from cadapter.training.optimiser import Optimiser, squared_gradient_norm
+from cadapter.training.modes.base import Mode
+from cadapter.training.optimiser import Optimiser
 from cadapter.training.report import Reporter
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.schedule import evaluation_steps, schedule_factor
 from cadapter.training.signals import StopSignals
-from cadapter.training.state import Position, save_checkpoint
+from cadapter.training.state import Position, save_checkpoint, tagged
 
 
 @dataclass
@@ -41,13 +45,15 @@ class Run:
     directory: RunDirectory
     pipeline: Pipeline
     loss: TrainingLoss
-    trained: TrainedControlAdapters
+    mode: Mode
+    trained: Trained
+    gradients: Gradients
+    groups: GradientGroups
     optimiser: Optimiser
     plan: BatchPlan
     batches: StepBatches
     evaluation: EvaluationBatches | None
     evaluation_accumulation: int
-    writer: AdapterWriter
     facts: dict[str, Any]
     position: Position
 
@@ -64,6 +70,7 @@ class _Pending:
     lr: float
     gradient_norm: float
     numbers: Tensor
+    report_shape: torch.Size
     arrived: Any
 
 
@@ -112,17 +119,18 @@ class Trainer:
         lr = run.config.lr * self._schedule(step)
         size, accumulation = run.config.micro_batch_size, run.config.gradient_accumulation_steps
         run.pipeline.train(training_micro_batches(run.batches, step, run.layout, size, accumulation, run.loss.settings))
+        run.gradients.reduce(run.groups)
         norm, stop, save = self._agree()
         if math.isfinite(norm):
             clip = run.config.gradient_clipping
-            run.optimiser.step(lr, clip / (norm + 1e-6) if clip else 1.0)
-            report = run.trained.after_step(lr, run.config.lora_rank)
+            run.optimiser.step(lr, clip / (norm + 1e-6) if clip else 1.0, run.gradients)
+            report = run.trained.after_step(lr)
         else:
             self.position.skipped += 1
-            report = run.trained.after_step(0.0, run.config.lora_rank)
+            report = run.trained.after_step(0.0)
             if run.world.is_main:
                 warn(f"step {step}: a gradient is not finite; the step is skipped ({self.position.skipped} so far).")
-        run.optimiser.clear_gradients()
+        run.gradients.clear()
         numbers = torch.cat([run.loss.take_sums(), report.flatten() * (run.layout.replica == 0)])
         self._flush()
         tokens = run.batches.totals(step).tokens
@@ -130,7 +138,7 @@ class Trainer:
         self.position.tokens += tokens
         seconds = time.monotonic() - started
         self.position.seconds += seconds
-        self._pending = self._send(numbers, lr, norm, seconds, tokens)
+        self._pending = self._send(numbers, report.shape, lr, norm, seconds, tokens)
         return stop, save
 
     def _schedule(self, step: int) -> float:
@@ -140,7 +148,7 @@ class Trainer:
     def _agree(self) -> tuple[float, int, bool]:
         """Sum up what all processes must know alike: the global gradient norm, a stop signal, a due checkpoint."""
         run = self.run
-        squares = squared_gradient_norm(run.optimiser.parameters.values(), run.world.device)
+        squares = run.gradients.squared_norm(run.world.device)
         hours = (time.monotonic() - self._last_checkpoint) / 3600
         save_asked, self.signals.save = self.signals.save, False
         due = run.world.is_main and hours >= run.config.checkpoint_interval_hours
@@ -157,7 +165,9 @@ class Trainer:
         stop = SIGTERM if terminate else SIGINT if interrupt else 0
         return math.sqrt(total), int(stop), bool(save) or by_steps
 
-    def _send(self, numbers: Tensor, lr: float, norm: float, seconds: float, tokens: int) -> _Pending:
+    def _send(
+        self, numbers: Tensor, report_shape: torch.Size, lr: float, norm: float, seconds: float, tokens: int
+    ) -> _Pending:
         """Sum a step's numbers over the processes and start their way to the host, without waiting for it."""
         summed, arrived = sum_over_world(numbers), None
         if summed.is_cuda:
@@ -167,7 +177,18 @@ class Trainer:
             arrived.record()
             summed = host
         position = self.position
-        return _Pending(position.step, position.tokens, position.seconds, seconds, tokens, lr, norm, summed, arrived)
+        return _Pending(
+            position.step,
+            position.tokens,
+            position.seconds,
+            seconds,
+            tokens,
+            lr,
+            norm,
+            summed,
+            report_shape,
+            arrived,
+        )
 
     def _flush(self) -> None:
         """Report the step whose numbers are on their way, if there is one."""
@@ -177,26 +198,29 @@ class Trainer:
         if pending.arrived is not None:
             pending.arrived.synchronize()
         sums = dict(zip(SUMS, pending.numbers[: len(SUMS)].tolist(), strict=True))
-        layers, rank = len(self.run.trained.layers), self.run.config.lora_rank
-        norms = NormSummary(
-            pending.numbers[len(SUMS) :].view(layers, -1), rank, self.run.config.alpha / self.run.config.lora_rank
-        )
-        if norms.bounded_layers and not self._told_bound:
-            self._told_bound = True
-            warn(
-                f"step {pending.step}: weight decay is bounded in {norms.bounded_layers} layers, since "
-                f"lr·λ = {pending.lr * self.run.config.lora_weight_decay:.3g} would overshoot; lower lr or "
-                "lora_weight_decay. This is said once."
-            )
+        norms = self.run.trained.norms(pending.numbers[len(SUMS) :].view(pending.report_shape))
+        if norms is not None:
+            self._tell_bound(norms, pending)
         totals = self.run.batches.totals(pending.step)
         values = self._loss_metrics("train", sums, totals.neutral) | {
             "train/lr": pending.lr,
             "train/grad_norm": pending.gradient_norm,
             "train/tokens_per_second": pending.step_tokens / max(pending.step_seconds, 1e-9),
-            **norms.metrics(),
+            **(norms.metrics() if norms else {}),
         }
         epoch = self.run.plan.epoch_of(pending.step)
-        self.reporter.training_step(pending.step, epoch, pending.tokens, pending.seconds, values, norms.frobenius)
+        histogram = norms.frobenius if norms else None
+        self.reporter.training_step(pending.step, epoch, pending.tokens, pending.seconds, values, histogram)
+
+    def _tell_bound(self, norms: Norms, pending: _Pending) -> None:
+        """Say once that the bound of the weight decay acts."""
+        if norms.bounded and not self._told_bound:
+            self._told_bound = True
+            warn(
+                f"step {pending.step}: weight decay is bounded in {norms.bounded} of {len(norms.frobenius)} adapters, "
+                f"since lr·λ = {pending.lr * self.run.config.lora_weight_decay:.3g} would overshoot; lower lr or "
+                "lora_weight_decay. This is said once."
+            )
 
     def _loss_metrics(self, prefix: str, sums: dict[str, float], neutral_positions: int) -> dict[str, float]:
         """Means from sums; a class without tokens has no mean."""
@@ -236,34 +260,33 @@ class Trainer:
             self.position.best_loss = loss
             self._save_adapter(run.directory.best)
 
-    def _adapter_tensors(self) -> dict[str, Tensor]:
-        """All stages' trained parameters on rank 0."""
-        own = {name: parameter.detach() for name, parameter in self.run.trained.parameters().items()}
-        return gather_tensors(own, self.run.layout.stage_leaders(), self.run.world)
-
     def _save_adapter(self, target: Path) -> None:
-        tensors = self._adapter_tensors()
-        on_main(lambda: self.run.writer.write(target, tensors), self.run.world)
+        """Write what is trained, of all stages, as directory ``target``, replacing an earlier one whole."""
+        run = self.run
+
+        def write(parts: Iterator[dict[str, Tensor]]) -> None:
+            with new_directory(target, force=True) as temporary:
+                writer = run.mode.writer(temporary)
+                for part in parts:
+                    writer.add(part)
+                writer.finish()
+
+        stream_to_main(run.mode.parts(run.pipeline.layers()), run.layout.stage_leaders(), run.world, write)
 
     def _save_checkpoint(self) -> None:
         run = self.run
         if self._checkpointed_step == self.position.step:
             return
         self._flush()
-        tensors = self._adapter_tensors()
-        moments = gather_tensors(run.optimiser.state(), run.layout.stage_leaders(), run.world)
+        own = run.trained.parameters().keys() - run.trained.copies
+        moments = tagged(run.optimiser.state(own))
 
-        def write() -> None:
-            save_checkpoint(
-                run.directory.checkpoints,
-                self.position,
-                run.facts,
-                moments,
-                lambda directory: run.writer.fill(directory, tensors),
-                run.config.max_checkpoints,
-            )
+        def write(parts: Iterator[dict[str, Tensor]]) -> None:
+            kept = run.config.max_checkpoints
+            save_checkpoint(run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept)
 
-        on_main(write, run.world)
+        parts = chain(run.mode.parts(run.pipeline.layers()), moments)
+        stream_to_main(parts, run.layout.stage_leaders(), run.world, write)
         barrier()
         self._checkpointed_step = self.position.step
         self._last_checkpoint = time.monotonic()

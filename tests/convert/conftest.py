@@ -24,6 +24,7 @@ from cadapter.adapters.directory import (
     write_control_adapter,
 )
 from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.families import family_of
 
 HIDDEN, LAYERS, VOCAB = 32, 3, 64
 
@@ -96,7 +97,7 @@ def make_adapter(tmp_path):
             inverse=inverse,
             base_model_type=checkpoint.config.model_type,
             base_model_name_or_path=str(base),
-            facts=describe_layers(checkpoint, layers),
+            facts=describe_layers(checkpoint, family_of(checkpoint.config.model_type), layers),
         )
         for key, value in changes.items():
             setattr(adapter, key, value)

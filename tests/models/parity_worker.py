@@ -25,7 +25,7 @@ from cadapter.training.distributed import join_world, leave_world
 from cadapter.training.engine import Pipeline, PipelineBatch
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import LossSettings, TrainingLoss
-from cadapter.training.stages import adapters_of
+from cadapter.training.modes.control import adapters_of
 from tests.tiny_models import VOCAB
 from tests.tiny_pipeline import SETTINGS, builder, random_classes, random_tokens, randomise
 

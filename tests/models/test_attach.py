@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cadapter.adapters.directory import describe_layers
 from cadapter.convert.merge import merge_model
@@ -15,6 +15,7 @@ from cadapter.convert.plan import make_recipe
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.attach import SteeredModel, check_fit, load_causal_lm
 from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.families import family_of
 from tests.reference import naive
 from tests.steered_models import make_adapter, make_model, rewrite_weights
 from tests.tiny_models import HIDDEN, LAYERS
@@ -107,7 +108,9 @@ def test_strength_0_is_the_base_bit_for_bit(models, tokens, tmp_path, site, dtyp
 
 def test_site_writes_is_the_merged_model(models, tokens, tmp_path):
     base = Checkpoint(models["llama"])
-    make_adapter(tmp_path / "adapter", "writes", facts=describe_layers(base, range(LAYERS)))
+    make_adapter(
+        tmp_path / "adapter", "writes", facts=describe_layers(base, family_of(base.config.model_type), range(LAYERS))
+    )
     plan = make_recipe(base, tmp_path / "adapter", Dial(strength=-0.5)).plan
     merge_model(base, plan, tmp_path / "merged", lambda summary: "card\n")
     files = make_adapter(tmp_path / "same", "writes")
@@ -180,8 +183,8 @@ def test_fit_is_checked_without_weights(models, tmp_path):
     check_fit(make_adapter(tmp_path / "fits"), checkpoint)
     with pytest.raises(UsageError, match="another hidden size: 16"):
         check_fit(make_adapter(tmp_path / "narrow", hidden=16), checkpoint)
-    checkpoint.config.model_type = "strange"
-    with pytest.raises(UsageError, match="'strange' are not supported"):
+    checkpoint.config = AutoConfig.for_model("gpt2", n_embd=HIDDEN, n_layer=LAYERS, n_head=4)
+    with pytest.raises(UsageError, match="'gpt2' cannot be cut into pipeline layers"):
         check_fit(make_adapter(tmp_path / "other"), checkpoint)
     assert checkpoint.bytes_read == 0
 

@@ -13,7 +13,8 @@ from cadapter.algebra import core, strength_transform
 from cadapter.classes import NO_CLASS
 from cadapter.models.layers import Carrier, CarrierFormat, DecoderLayer
 from cadapter.models.loss import logits_of, weighted_cross_entropy
-from cadapter.training.stages import StageBuilder, adapters_of
+from cadapter.training.modes.control import adapters_of
+from cadapter.training.stages import StageBuilder
 from tests.reference import controlled_model
 from tests.tiny_models import CONFIGS, LAYERS, VOCAB, WINDOW, save_model
 from tests.tiny_pipeline import (

@@ -1,15 +1,38 @@
-"""Control Adapters on Hugging Face's own model in float64: hooks on its blocks, W as [H, H] matrix, plain autograd."""
+"""Control Adapters on Hugging Face's own model in float64: hooks on its blocks, W as [H, H] matrix, plain autograd.
+
+Nothing of a family is known here: a block has modules ``self_attn`` and ``mlp``, and what it adds is its output minus
+its input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.reference import naive
+
+
+class Float64(TorchFunctionMode):
+    """A context in which whatever asks torch for float32 gets float64.
+
+    Hugging Face's norms, softmax, rotary embeddings and routers ask for it, in a float64 model too, whose results
+    would otherwise be no better than float32's.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def wider(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(wider, args), **{key: wider(value) for key, value in (kwargs or {}).items()})
 
 
 @dataclass
@@ -44,12 +67,14 @@ class Controlled:
         """Hook the adapter to ``block``; returns the hooks' handles."""
         if self.site == "block":
             return [block.register_forward_hook(lambda _m, inputs, out: out + self.change(out - inputs[0]))]
-        hooks = [block.mlp.register_forward_hook(lambda _m, _i, out: out + self.change(out))]
-        if self.site == "writes":
-            hooks.append(
-                block.self_attn.register_forward_hook(lambda _m, _i, out: (out[0] + self.change(out[0]), *out[1:]))
-            )
-        return hooks
+        modules = [block.self_attn, block.mlp] if self.site == "writes" else [block.mlp]
+        return [module.register_forward_hook(self._after_module) for module in modules]
+
+    def _after_module(self, _module: Any, _inputs: Any, output: Any) -> Any:
+        """Change what a module writes: its output, or the first part of it."""
+        if isinstance(output, tuple):
+            return (output[0] + self.change(output[0]), *output[1:])
+        return output + self.change(output)
 
 
 @dataclass
@@ -70,9 +95,12 @@ def run(
     weights: Tensor,
 ) -> Reference:
     """Run the float64 ``model`` with ``adapters`` on its layers; ``labels`` are already shifted, −100 is ignored."""
+    model.set_experts_implementation("eager")  # the grouped product of the default has no float64,
+    model.set_attn_implementation("eager")  # and sdpa no cap of attention scores
     hooks = [hook for layer, adapter in adapters.items() for hook in adapter.attach(model.model.layers[layer])]
     try:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with Float64():
+            logits = model(input_ids=input_ids, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()

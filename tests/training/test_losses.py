@@ -16,9 +16,10 @@ from cadapter.classes import IGNORED_LABEL, NO_CLASS
 from cadapter.data.batches import FILLER, micro_batch, totals_of
 from cadapter.data.packing import TRAINED, SequenceBlock, count_predicted
 from cadapter.data.sequences import PackedSequences
+from cadapter.models.families import LogitFacts
 from cadapter.models.layers import CarrierFormat, HeadInputs
 from cadapter.training.losses import SUMS, ComparisonLoss, LossSettings, TrainingLoss
-from cadapter.training.stages import adapters_of
+from cadapter.training.modes.control import adapters_of
 from tests.reference import controlled_model
 from tests.tiny_models import VOCAB, save_model
 from tests.tiny_pipeline import RANK, builder, layers_of, randomise, references, run_layers
@@ -255,7 +256,9 @@ def test_a_class_of_weight_zero_trains_nothing(llama):
 
 def test_the_account_starts_again_when_it_is_taken():
     loss = TrainingLoss(LossSettings(), 1, CPU)
-    outputs = HeadInputs(torch.randn(1, 4, 8), torch.randn(10, 8), torch.ones(1, 4, dtype=torch.int8), None)
+    outputs = HeadInputs(
+        torch.randn(1, 4, 8), [torch.randn(10, 8)], LogitFacts(), torch.ones(1, 4, dtype=torch.int8), None
+    )
     targets = (torch.tensor([[1, 2, 3, -100]]), torch.tensor([3.0, 0.0]))
     loss(outputs, targets)
     loss(outputs, targets)
@@ -271,10 +274,12 @@ def test_documents_compared_under_several_strengths():
     hidden, weight = torch.randn(3, 6, 8, generator=generator), torch.randn(10, 8, generator=generator)
     labels = torch.tensor([1, 2, -100, 9, 0, -100])
     loss = ComparisonLoss()
-    value = loss(HeadInputs(hidden, weight, torch.zeros(3, 6), None), (labels.expand(3, 6), torch.tensor([7])))
+    value = loss(
+        HeadInputs(hidden, [weight], LogitFacts(), torch.zeros(3, 6), None), (labels.expand(3, 6), torch.tensor([7]))
+    )
     assert value == 0
     loss(
-        HeadInputs(hidden, weight, torch.zeros(3, 6), None),
+        HeadInputs(hidden, [weight], LogitFacts(), torch.zeros(3, 6), None),
         (torch.full((3, 6), IGNORED_LABEL), torch.tensor([-1])),
     )
     (index, sums), (filler, nothing) = loss.results

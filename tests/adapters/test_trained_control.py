@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cadapter.adapters.control import ControlAdapter, ControlSettings
-from cadapter.adapters.trained import NormSummary, TrainedControlAdapters
+from cadapter.adapters.trained_control import TrainedControlAdapters
 from tests.reference import naive
 
 HIDDEN, RANK = 40, 4
@@ -35,7 +35,7 @@ def full(adapter: ControlAdapter) -> Tensor:
 
 
 def trained(adapters: list[ControlAdapter], decay: float) -> TrainedControlAdapters:
-    return TrainedControlAdapters(adapters, LAYERS, decay, CPU)
+    return TrainedControlAdapters(adapters, SETTINGS, LAYERS, decay, CPU)
 
 
 def test_parameters_have_the_names_of_their_layers():
@@ -50,7 +50,7 @@ def test_parameters_have_the_names_of_their_layers():
 def test_decay_is_a_gradient_step_of_half_the_squared_frobenius_norm(lr, decay):
     adapters = random_adapters()
     before = [(a.control_A.detach().clone(), a.control_B.detach().clone()) for a in adapters]
-    report = trained(adapters, decay).after_step(lr, RANK)
+    report = trained(adapters, decay).after_step(lr)
     assert report[:, -1].count_nonzero() == 0  # these steps are small enough for the bound
     for adapter, (A, B) in zip(adapters, before, strict=True):
         grad_A, grad_B = naive.decay_gradients(A, B, SETTINGS.scale, decay)
@@ -63,8 +63,8 @@ def test_decay_is_a_gradient_step_of_half_the_squared_frobenius_norm(lr, decay):
 def test_norms_and_decay_are_those_of_the_full_matrix():
     adapters = random_adapters()
     before = torch.stack([torch.linalg.matrix_norm(full(adapter)) for adapter in adapters])
-    report = trained(adapters, 20.0).after_step(5e-3, RANK)
-    summary = NormSummary(report, RANK, SETTINGS.scale)
+    report = trained(adapters, 20.0).after_step(5e-3)
+    summary = trained([], 0.0).norms(report)
     true = [naive.norms(full(adapter)) for adapter in adapters]
     # The products A·Aᵀ, Bᵀ·B and A·B are float32: 1e-7 of each entry; the radius of a matrix that is not normal
     # feels that more.
@@ -91,21 +91,21 @@ def test_norms_and_decay_are_those_of_the_full_matrix():
 def test_without_decay_nothing_moves():
     adapters = random_adapters()
     before = [parameter.clone() for adapter in adapters for parameter in adapter.parameters()]
-    summary = NormSummary(trained(adapters, 0.0).after_step(1.0, RANK), RANK, SETTINGS.scale)
+    summary = trained([], 0.0).norms(trained(adapters, 0.0).after_step(1.0))
     for parameter, old in zip((p for a in adapters for p in a.parameters()), before, strict=True):
         assert torch.equal(parameter, old)
     torch.testing.assert_close(summary.decayed, torch.zeros(len(LAYERS), dtype=torch.float64), rtol=0, atol=1e-12)
-    assert summary.bounded_layers == 0
+    assert summary.bounded == 0
 
 
 def test_a_step_without_a_learning_rate_does_not_decay():
     """A skipped step: its report is complete, its factors stay."""
     adapters = random_adapters()
     before = [parameter.clone() for adapter in adapters for parameter in adapter.parameters()]
-    summary = NormSummary(trained(adapters, 100.0).after_step(0.0, RANK), RANK, SETTINGS.scale)
+    summary = trained([], 0.0).norms(trained(adapters, 100.0).after_step(0.0))
     for parameter, old in zip((p for a in adapters for p in a.parameters()), before, strict=True):
         assert torch.equal(parameter, old)
-    assert summary.bounded_layers == 0
+    assert summary.bounded == 0
     assert (summary.frobenius > 0).all()
 
 
@@ -121,9 +121,9 @@ def test_a_step_that_would_overshoot_is_bounded():
     bounded = [limit < wanted for limit in limits]
     assert any(bounded)
     assert not all(bounded)
-    report = trained(adapters, decay).after_step(lr, RANK)
+    report = trained(adapters, decay).after_step(lr)
     assert report[:, -1].tolist() == [float(each) for each in bounded]
-    assert NormSummary(report, RANK, SETTINGS.scale).bounded_layers == sum(bounded)
+    assert trained([], 0.0).norms(report).bounded == sum(bounded)
     for adapter, (A, B), limit in zip(adapters, before, limits, strict=True):
         c = min(wanted, limit)
         # The program takes the largest eigenvalue from above, by at most 0.2 %, so that c is at most that much smaller.
@@ -136,15 +136,15 @@ def test_a_step_that_would_overshoot_is_bounded():
 
 
 def test_the_reports_of_stages_add_up_to_that_of_the_whole_model():
-    whole = trained(random_adapters(), 20.0).after_step(5e-3, RANK)
-    parts = [trained(random_adapters(part), 20.0).after_step(5e-3, RANK) for part in ((1, 2), (), (5,), (6,))]
+    whole = trained(random_adapters(), 20.0).after_step(5e-3)
+    parts = [trained(random_adapters(part), 20.0).after_step(5e-3) for part in ((1, 2), (), (5,), (6,))]
     for part in parts:
         assert part.shape == whole.shape
         assert part.dtype == torch.float64
     assert parts[1].count_nonzero() == 0
     # Layers are multiplied in batches of other sizes, which may round differently in the last place.
     torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=1e-9)
-    assert NormSummary(sum(parts), RANK, SETTINGS.scale).metrics() == {
+    assert trained([], 0.0).norms(sum(parts)).metrics() == {
         name: pytest.approx(value, rel=1e-5, abs=1e-6)
-        for name, value in NormSummary(whole, RANK, SETTINGS.scale).metrics().items()
+        for name, value in trained([], 0.0).norms(whole).metrics().items()
     }

@@ -1,0 +1,68 @@
+"""What the pipeline, the trainer and the checkpointer ask of a training mode, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cadapter.adapters.trained import Trained
+from cadapter.training.state import PartWriter
+
+
+def trained_bytes(dtype: torch.dtype, gradient: torch.dtype | None = None) -> int:
+    """Bytes of a trained number with its gradient, Adam's two moments and, below float32, Kahan's compensation."""
+    size = dtype.itemsize
+    return size + (gradient or dtype).itemsize + 2 * size + (size if size < 4 else 0)
+
+
+class Mode(Protocol):
+    """How a model is trained: what is put into its blocks, what of it is trained, and how that is kept.
+
+    Attributes:
+        name: "control", "lora" or "full".
+        layers: the decoder blocks that take part.
+        bytes_per_trained: bytes that each trained number takes besides the weights of the base: with its gradient and
+            its share of the optimiser's state.
+        applications: how often adapters act on a token in the whole model, which the neutral loss averages over.
+    """
+
+    name: str
+    layers: list[int]
+
+    @property
+    def bytes_per_trained(self) -> int: ...
+
+    @property
+    def applications(self) -> int: ...
+
+    def wrap(self, block: nn.Module, index: int) -> nn.Module:
+        """Give decoder block ``index``, just loaded, what is trained in it."""
+
+    def trainable(self) -> list[int]:
+        """Trained numbers of each pipeline layer: embedding, blocks, final norm with head."""
+
+    def trained(self, layers: Sequence[nn.Module]) -> Trained:
+        """Choose what is trained among this stage's pipeline layers."""
+
+    def parts(self, layers: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
+        """What this stage's pipeline layers contribute to a saved directory, a piece at a time."""
+
+    def writer(self, directory: Path) -> PartWriter:
+        """A writer of all stages' parts into ``directory``, on rank 0."""
+
+    def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
+        """Take over what ``directory``, once written by :meth:`writer`, holds for this stage's pipeline layers.
+
+        Raises:
+            UsageError: it does not fit.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """What a resume must find unchanged."""
+
+    def description(self) -> str:
+        """One sentence for the user."""

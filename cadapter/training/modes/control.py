@@ -1,0 +1,177 @@
+"""Training Control Adapters around the blocks of a frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings
+from cadapter.adapters.directory import (
+    ControlAdapterFiles,
+    LayerFacts,
+    LowRank,
+    control_card,
+    describe_layers,
+    read_control_adapter,
+    write_control_adapter,
+)
+from cadapter.adapters.trained_control import TrainedControlAdapters
+from cadapter.config import Config
+from cadapter.errors import UsageError
+from cadapter.models.layers import DecoderLayer
+from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.training.modes.base import trained_bytes
+
+
+def control_settings(config: Config) -> ControlSettings:
+    """What a config says of its Control Adapters."""
+    return ControlSettings(
+        rank=config.lora_rank,
+        alpha=config.alpha,
+        site=config.control_site,
+        inverse=config.control_inverse,
+        neumann_order=config.control_neumann_order,
+        dropout=config.lora_dropout,
+        dtype=DTYPES[config.lora_weight_dtype],
+    )
+
+
+class ControlMode:
+    """Control Adapters on some layers of a model.
+
+    Args:
+        model: the base.
+        layers: the blocks that get an adapter.
+        settings: of the adapters.
+        seed: of their initial values.
+        decay: λ of the composite decay.
+        base_name: the base as the config names it.
+    """
+
+    name = "control"
+
+    def __init__(
+        self,
+        model: CausalLM,
+        layers: Sequence[int],
+        settings: ControlSettings,
+        seed: int = 0,
+        decay: float = 0.0,
+        base_name: str = "",
+    ) -> None:
+        self.model = model
+        self.layers = list(layers)
+        self.settings = settings
+        self.seed = seed
+        self.decay = decay
+        self.base_name = base_name
+        self.bytes_per_trained = trained_bytes(settings.dtype)
+
+    @property
+    def applications(self) -> int:
+        """L: how often adapters act on a token in the whole model."""
+        return len(self.layers) * (2 if self.settings.site == "writes" else 1)
+
+    def wrap(self, block: nn.Module, index: int) -> nn.Module:
+        """Put an adapter around an adapted block."""
+        if index not in self.layers:
+            return block
+        adapter = ControlAdapter(self.model.hidden_size, index, self.settings, self.seed, self.model.device)
+        return ControlledBlock(block, adapter, self.model.family, self.model.residual_scale)
+
+    def trainable(self) -> list[int]:
+        """2·r·H for each adapted block."""
+        each = 2 * self.settings.rank * self.model.hidden_size
+        return [0, *(each if index in self.layers else 0 for index in range(self.model.layer_count)), 0]
+
+    def trained(self, layers: Sequence[nn.Module]) -> TrainedControlAdapters:
+        """The adapters of this stage."""
+        return TrainedControlAdapters(adapters_of(layers), self.settings, self.layers, self.decay, self.model.device)
+
+    def parts(self, layers: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
+        """All factors of this stage at once: they are small."""
+        yield {name: parameter.detach() for name, parameter in self.trained(layers).parameters().items()}
+
+    def writer(self, directory: Path) -> ControlAdapterWriter:
+        """A writer of a control-adapter directory."""
+        return ControlAdapterWriter(directory, self)
+
+    @cached_property
+    def layer_facts(self) -> dict[int, LayerFacts]:
+        """What conversions must know of each adapted layer of the base."""
+        return describe_layers(self.model.checkpoint, self.model.family, self.layers)
+
+    def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
+        """Take over the factors of this stage's adapters.
+
+        Raises:
+            UsageError: a layer is missing or has another rank or hidden size.
+        """
+        files = read_control_adapter(directory)
+        for adapter in adapters_of(layers):
+            factors = files.layers.get(adapter.layer)
+            if factors is None or factors.A.shape != adapter.control_A.shape:
+                raise UsageError(f"{directory} does not hold layer {adapter.layer} at this run's rank and hidden size.")
+            adapter.control_A.data.copy_(factors.A)
+            adapter.control_B.data.copy_(factors.B)
+
+    def facts(self) -> dict[str, Any]:
+        """Shape and place of the adapters."""
+        return {
+            "layers": self.layers,
+            "lora_rank": self.settings.rank,
+            "lora_alpha": self.settings.alpha,
+            "control_site": self.settings.site,
+        }
+
+    def description(self) -> str:
+        """Rank, scale, site, layers, parameters."""
+        settings = self.settings
+        return (
+            f"Control Adapters: rank {settings.rank}, scale {settings.scale:g}, site {settings.site}, "
+            f"{len(self.layers)} of {self.model.layer_count} layers, {sum(self.trainable()):,} parameters."
+        )
+
+
+class ControlAdapterWriter:
+    """Writes a control-adapter directory once all stages' factors are there."""
+
+    def __init__(self, directory: Path, mode: ControlMode) -> None:
+        self._directory = directory
+        self._mode = mode
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, part: dict[str, Tensor]) -> None:
+        """Keep a stage's factors."""
+        self._tensors.update(part)
+
+    def finish(self) -> None:
+        """Write the directory."""
+        mode, settings = self._mode, self._mode.settings
+        factors = {
+            layer: LowRank(self._tensors[f"layers.{layer}.control_A"], self._tensors[f"layers.{layer}.control_B"])
+            for layer in mode.layers
+        }
+        adapter = ControlAdapterFiles(
+            path=self._directory,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            layers=factors,
+            site=settings.site,
+            inverse=settings.inverse,
+            neumann_order=settings.neumann_order,
+            base_model_type=mode.model.config.model_type,
+            base_model_name_or_path=mode.base_name,
+            facts=mode.layer_facts,
+        )
+        write_control_adapter(self._directory, adapter, control_card(adapter))
+
+
+def adapters_of(layers: Sequence[nn.Module]) -> list[ControlAdapter]:
+    """The Control Adapters among a stage's pipeline layers, in order."""
+    blocks = [layer.block for layer in layers if isinstance(layer, DecoderLayer)]
+    return [block.adapter for block in blocks if isinstance(block, ControlledBlock)]

@@ -1,0 +1,152 @@
+"""Training LoRA, through PEFT, in the blocks of a frozen base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cadapter.adapters.lora import LoraBlock, LoraSettings
+from cadapter.adapters.lora_directory import load_into, write_lora_adapter
+from cadapter.adapters.lora_targets import ModelTargets
+from cadapter.adapters.trained_lora import TrainedLora
+from cadapter.config import Config
+from cadapter.models.layers import DecoderLayer
+from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.training.modes.base import trained_bytes
+
+
+def lora_settings(config: Config) -> LoraSettings:
+    """What a config says of its LoRA."""
+    return LoraSettings(
+        rank=config.lora_rank,
+        alpha=config.alpha,
+        dropout=config.lora_dropout,
+        dtype=DTYPES[config.lora_weight_dtype],
+        targets=None if config.target_modules is None else tuple(config.target_modules),
+    )
+
+
+class LoraMode:
+    """LoRA on some linear layers of a model.
+
+    Args:
+        model: the base.
+        targets: what LoRA goes to.
+        settings: of all pairs.
+        seed: of their initial values.
+        decay: λ of the composite decay.
+        base_name: the base as the config names it.
+    """
+
+    name = "lora"
+    applications = 1
+
+    def __init__(
+        self,
+        model: CausalLM,
+        targets: ModelTargets,
+        settings: LoraSettings,
+        seed: int = 0,
+        decay: float = 0.0,
+        base_name: str = "",
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.layers = list(targets.by_layer)
+        self.settings = settings
+        self.seed = seed
+        self.decay = decay
+        self.base_name = base_name
+        self.bytes_per_trained = trained_bytes(settings.dtype)
+        # Counted now, while the blocks are as the model has them.
+        self._numbers = [self._numbers_of(index) for index in range(model.layer_count)]
+
+    def _numbers_of(self, index: int) -> int:
+        targets = self.targets.by_layer.get(index)
+        if targets is None:
+            return 0
+        block = self.model.skeleton_block(index)
+        weights = [f"{name}.weight" for name in targets.linears]
+        shapes = [tuple(block.get_parameter(name).shape) for name in (*weights, *targets.experts)]
+        return sum(self.settings.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in shapes)
+
+    def wrap(self, block: nn.Module, index: int) -> nn.Module:
+        """Put LoRA into a block that has targets."""
+        targets = self.targets.by_layer.get(index)
+        return block if targets is None else LoraBlock(block, index, targets, self.settings, self.seed)
+
+    def trainable(self) -> list[int]:
+        """r·(in + out) for each linear layer, and for each expert, of each block."""
+        return [0, *self._numbers, 0]
+
+    def trained(self, layers: Sequence[nn.Module]) -> TrainedLora:
+        """The pairs of this stage."""
+        blocks, names = lora_blocks_of(layers), self.targets.pair_names()
+        return TrainedLora(blocks, self.settings, names, self.decay, self.model.device)
+
+    def parts(self, layers: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
+        """All factors of this stage at once."""
+        yield {name: parameter.detach() for name, parameter in self.trained(layers).parameters().items()}
+
+    def writer(self, directory: Path) -> LoraWriter:
+        """A writer of a LoRA directory."""
+        return LoraWriter(directory, self)
+
+    def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
+        """Take over the factors of this stage's pairs.
+
+        Raises:
+            UsageError: a pair is missing or has another shape.
+        """
+        load_into(lora_blocks_of(layers), directory)
+
+    def facts(self) -> dict[str, Any]:
+        """Shape and place of the pairs."""
+        return {
+            "layers": self.layers,
+            "lora_rank": self.settings.rank,
+            "lora_alpha": self.settings.alpha,
+            "lora_weight_dtype": str(self.settings.dtype).removeprefix("torch."),
+            "target_modules": list(self.targets.target_modules),
+            "target_parameters": list(self.targets.target_parameters),
+        }
+
+    def description(self) -> str:
+        """Rank, scale, modules, layers, parameters."""
+        settings, targets = self.settings, self.targets
+        experts = sorted({name for each in targets.by_layer.values() for name in each.experts})
+        names = ", ".join((*targets.target_modules, *experts))
+        pairs = len(targets.pair_names())
+        return (
+            f"LoRA: rank {settings.rank}, scale {settings.scale:g}, on {names} in {len(self.layers)} of "
+            f"{self.model.layer_count} layers ({pairs} pairs), {sum(self.trainable()):,} parameters."
+        )
+
+
+class LoraWriter:
+    """Writes a LoRA directory once all stages' factors are there."""
+
+    def __init__(self, directory: Path, mode: LoraMode) -> None:
+        self._directory = directory
+        self._mode = mode
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, part: dict[str, Tensor]) -> None:
+        """Keep a stage's factors."""
+        self._tensors.update(part)
+
+    def finish(self) -> None:
+        """Write the directory."""
+        mode = self._mode
+        kind = mode.model.config.model_type
+        write_lora_adapter(self._directory, self._tensors, mode.settings, mode.targets, mode.base_name, kind)
+
+
+def lora_blocks_of(layers: Sequence[nn.Module]) -> list[LoraBlock]:
+    """The blocks with LoRA among a stage's pipeline layers, in order."""
+    blocks = [layer.block for layer in layers if isinstance(layer, DecoderLayer)]
+    return [block for block in blocks if isinstance(block, LoraBlock)]

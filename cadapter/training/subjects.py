@@ -1,0 +1,122 @@
+"""What an evaluation compares with the base: a control adapter at several strengths, a LoRA, a fine-tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from cadapter.adapters.control import ControlSettings, Transform
+from cadapter.adapters.directory import (
+    CONFIG_NAME,
+    ControlAdapterFiles,
+    kind_of,
+    read_control_adapter,
+    validate_against,
+)
+from cadapter.adapters.lora import LoraBlock
+from cadapter.adapters.lora_directory import load_into, read_lora_adapter
+from cadapter.adapters.lora_targets import ModelTargets
+from cadapter.adapters.strengths import load_factors, neumann_note, strength_table
+from cadapter.config import Config
+from cadapter.errors import UsageError
+from cadapter.models.layers import DecoderLayer
+from cadapter.models.loading import CausalLM
+from cadapter.training.build import load_base
+from cadapter.training.distributed import World
+from cadapter.training.modes.base import Mode
+from cadapter.training.modes.control import ControlMode, adapters_of
+from cadapter.training.modes.full import FullMode
+from cadapter.training.modes.lora import LoraMode, lora_blocks_of
+from cadapter.training.paired import PairedModel, with_and_without
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to evaluate beside its base.
+
+    Attributes:
+        model, mode: what the pipeline is built of.
+        strengths: of the rows of a micro-batch; the first is 0, the base.
+        install: gives this stage's pipeline layers what they need once they are built.
+        note: what the user must hear of it, if anything.
+    """
+
+    model: CausalLM
+    mode: Mode
+    strengths: list[float]
+    install: Callable[[Sequence[nn.Module]], None]
+    note: str | None = None
+
+
+def subject_of(config: Config, path: Path, strengths: Sequence[float] | None, world: World) -> Subject:
+    """Read what is to be evaluated; no weight of the base is read yet.
+
+    Raises:
+        UsageError: it does not fit the base, or cannot be turned to these strengths.
+    """
+    if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
+        _only_one(strengths, path, "a fine-tuned model")
+        return _model(config, path, world)
+    kind = kind_of(path)
+    if kind == "control":
+        return _control(config, read_control_adapter(path), strengths or (1.0, -1.0), world)
+    if kind == "additive":
+        _only_one(strengths, path, "a LoRA")
+        return _lora(config, path, world)
+    raise UsageError(f"{path} is a {kind} LoRA.\nMerge it into its base and evaluate the merged model.")
+
+
+def _only_one(strengths: Sequence[float] | None, path: Path, what: str) -> None:
+    if any(strength not in (0, 1) for strength in strengths or ()):
+        raise UsageError(f"{path} is {what}, which has no strengths: leave --strength out.")
+
+
+def _control(config: Config, files: ControlAdapterFiles, strengths: Sequence[float], world: World) -> Subject:
+    model = load_base(config, world)
+    validate_against(files, model.hidden_size, model.layer_count)
+    rows = [0.0, *dict.fromkeys(t for t in strengths if t != 0)]
+    # Refuse an impossible strength before any weight is read.
+    tables = {layer: strength_table(files, layer, rows) for layer in files.layers}
+    mode = ControlMode(model, list(files.layers), ControlSettings(files.rank, files.alpha, files.site))
+    return Subject(model, mode, rows, lambda layers: install(layers, files, tables), neumann_note(files, rows))
+
+
+def install(layers: Sequence[nn.Module], files: ControlAdapterFiles, tables: dict[int, list[Transform]]) -> None:
+    """Give this stage's adapters their factors and its blocks their transforms."""
+    for adapter in adapters_of(layers):
+        load_factors(adapter, files)
+    for layer in layers:
+        if isinstance(layer, DecoderLayer) and layer.index in tables:
+            device = next(layer.parameters()).device
+            moved = [(code, None if t is None else t.to(device)) for code, t in tables[layer.index]]
+            layer.set_transforms(moved)
+
+
+def _lora(config: Config, path: Path, world: World) -> Subject:
+    files, model = read_lora_adapter(path), load_base(config, world)
+    if max(files.targets) >= model.layer_count:
+        raise UsageError(
+            f"{path} adapts layer {max(files.targets)}; {config.model_dir} has {model.layer_count} layers."
+        )
+    mode = LoraMode(model, ModelTargets(files.targets, (), ()), files.settings)
+
+    def give(layers: Sequence[nn.Module]) -> None:
+        load_into(lora_blocks_of(layers), path)
+        for layer in layers:
+            if isinstance(layer, DecoderLayer) and isinstance(layer.block, LoraBlock):
+                layer.block = with_and_without(layer.block)
+
+    return Subject(model, mode, [0.0, 1.0], give)
+
+
+def _model(config: Config, path: Path, world: World) -> Subject:
+    base, other = load_base(config, world), load_base(config, world, path)
+    for name in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
+        ours, theirs = getattr(base.config, name, None), getattr(other.config, name, None)
+        if ours != theirs:
+            raise UsageError(f"{path} has {name} = {theirs!r}, {config.model_dir} has {ours!r}: they do not compare.")
+    model = PairedModel(base, other)
+    return Subject(model, FullMode(model, None, None, path, config.dtype), [0.0, 1.0], lambda layers: None)
