@@ -134,7 +134,7 @@ class LoraBlock(nn.Module):
         places = {name: place for place, (name, _) in enumerate(block.named_modules())}
         device = next(block.parameters()).device
         block.requires_grad_(False)
-        _inject(block, targets, settings)
+        _inject(block, layer, targets, settings)
         found = list(_adapted_modules(block, layer, targets))
         self.paths = {name: path for name, path, _ in found}
         self._adapted = {name: module for name, _, module in found}
@@ -185,7 +185,7 @@ class LoraBlock(nn.Module):
             self._call.rows = None
 
 
-def _inject(block: nn.Module, targets: Targets, settings: LoraSettings) -> None:
+def _inject(block: nn.Module, layer: int, targets: Targets, settings: LoraSettings) -> None:
     """Have PEFT put its layers around the targets, with factors that have no memory yet."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -200,7 +200,10 @@ def _inject(block: nn.Module, targets: Targets, settings: LoraSettings) -> None:
         target_parameters=[f"block.{name}" for name in targets.experts] or None,
         init_lora_weights=False,
     )
-    inject_adapter_in_model(config, holder, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    try:
+        inject_adapter_in_model(config, holder, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise CadapterError(f"peft cannot put LoRA in layer {layer}: {error}") from error
 
 
 def _adapted_modules(block: nn.Module, layer: int, targets: Targets) -> Iterator[tuple[str, str, Any]]:

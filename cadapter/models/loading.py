@@ -179,6 +179,11 @@ class CausalLM:
         """What is done to the products of hidden states and head weight."""
         return logit_facts(self.family, self.config)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether a block holds experts, fused in one tensor [experts, out, in]."""
+        return any(parameter.ndim == 3 for parameter in self._inner.layers.parameters())
+
     def skeleton_block(self, index: int) -> nn.Module:
         """Block ``index`` as it is built, on the meta device unless it was loaded."""
         return self._inner.layers[index]

@@ -11,6 +11,7 @@ inference, which changes results and loses every gradient that later goes throug
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from cadapter.errors import CadapterError, UsageError
+
+# On some CPUs bitsandbytes advises, whenever it is imported, to install a package that fetches kernels from a hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 QUANT_TYPE = "nf4"
 BLOCK_SIZE = 64

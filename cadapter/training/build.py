@@ -103,6 +103,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
 
 
 def _recompute(config: Config, model: CausalLM, mode: Mode, layout: Layout) -> Recompute:
+    if model.four_bit and model.has_experts and config.activation_checkpointing == "auto":
+        return Recompute(1, "activation_checkpointing: full, since experts in 4 bits would be kept unpacked otherwise.")
     in_flight = min(layout.stages, config.gradient_accumulation_steps)
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
     return decide(

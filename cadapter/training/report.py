@@ -45,6 +45,13 @@ def _short(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
+def _by_class(prefix: str, values: dict[str, float]) -> list[str]:
+    """The losses of the classes in words, where there are several."""
+    named = (("+1", f"{prefix}/loss_pos"), ("−1", f"{prefix}/loss_neg"), ("0", f"{prefix}/loss_neutral"))
+    found = [(label, values[name]) for label, name in named if name in values and not math.isnan(values[name])]
+    return [f"{label} {_short(value)}" for label, value in found] if len(found) > 1 else []
+
+
 class Reporter:
     """Writes one line a step to metrics.jsonl and TensorBoard, and keeps a progress line.
 
@@ -122,11 +129,10 @@ class Reporter:
         done = step - self._started_at_step
         left = (time.monotonic() - self._started) / done * (self._total - step)
         parts = [f"step {step}/{self._total}", f"epoch {epoch}", f"loss {_short(values.get('train/loss'))}"]
-        for label, name in (("+1", "train/loss_pos"), ("−1", "train/loss_neg"), ("0", "train/loss_neutral")):
-            if name in values and not math.isnan(values[name]):
-                parts.append(f"{label} {_short(values[name])}")
-        parts.append(f"‖W‖F max {_short(values.get('train/norm_max'))}")
-        parts.append(f"‖W‖₂ max {_short(values.get('train/spectral_max'))}")
+        parts.extend(_by_class("train", values))
+        if "train/norm_max" in values:
+            parts.append(f"‖W‖F max {_short(values['train/norm_max'])}")
+            parts.append(f"‖W‖₂ max {_short(values.get('train/spectral_max'))}")
         parts.append(f"{values.get('train/tokens_per_second', 0):,.0f} tokens/s")
         parts.append(f"{duration(left)} left")
         return "  ".join(parts)
@@ -134,9 +140,5 @@ class Reporter:
     def evaluation(self, step: int, epoch: int, tokens: int, seconds: float, values: dict[str, float]) -> None:
         """Record an evaluation after ``step`` steps."""
         self._write(step, epoch, tokens, seconds, values)
-        named = [
-            f"{label} {_short(values.get(name))}"
-            for label, name in (("+1", "eval/loss_pos"), ("−1", "eval/loss_neg"), ("0", "eval/loss_neutral"))
-            if name in values and not math.isnan(values[name])
-        ]
-        self.say("  ".join([f"evaluation after step {step}: loss {_short(values.get('eval/loss'))}", *named]))
+        loss = f"evaluation after step {step}: loss {_short(values.get('eval/loss'))}"
+        self.say("  ".join([loss, *_by_class("eval", values)]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cadapter.config import Config, config_warnings
+from cadapter.models.loading import CausalLM
 from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, joined_world, on_main, sum_over_world
@@ -127,11 +128,25 @@ def show_plan(plan: Plan) -> None:
     if plan.builder.recompute.reason:
         note(plan.builder.recompute.reason)
     tokens = int(plan.data.train.tokens.sum())
+    if plan.model.family.inferred:
+        warn(inferred_note(plan.model))
     note(plan.mode.description())
     note(
         f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens), "
         f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
         f"{steps.total_steps:,} steps in all."
+    )
+
+
+def inferred_note(model: CausalLM) -> str:
+    """What was taken from the structure of a model whose family is in no table."""
+    family = model.family
+    writers = ", ".join((*family.attention_writers, *family.mlp_writers)) or "none"
+    return (
+        f"Models of type {model.config.model_type!r} are in no table of families; these facts are inferred from the "
+        f"model's structure: what a block adds is its output minus its input; its residual writers are {writers}; "
+        f"embeddings times {model.embedding_scale:g}, logits times {model.logits.scale:g}, "
+        f"soft cap {model.logits.softcap or 'none'}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ TOKENS = torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(5
 def base_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The frozen base model ``name``: the same random weights each time; norms and biases are not at 1 and 0."""
     torch.manual_seed(sum(name.encode()))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:

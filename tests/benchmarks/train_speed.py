@@ -1,7 +1,9 @@
-"""How fast `cadapter train` is: a random model of a given shape, random text, whole steps of the real command.
+r"""How fast `cadapter train` is: a random model of a given shape, random text, whole steps of the real command.
 
     python tests/benchmarks/train_speed.py --shape 8b --steps 20        # one GPU with 40 GiB or more free
     python tests/benchmarks/train_speed.py --shape tiny --steps 6       # a laptop's CPU
+    python tests/benchmarks/train_speed.py --variant load_in_4bit=true \
+        --variant use_control_adapters=false,datasets.1.control_class=1,lora_rank=64,lora_weight_decay=10
 
 Prints tokens per second (median of the steps after the first two), TFLOP/s, the share of the floor that matrix
 products alone would take, peak memory and loading time, with the conditions. Numbers of different machines do not
@@ -27,6 +29,11 @@ SHAPES = {
     "8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "layers": "0:29",
+        "sequence_len": 4096, "dtype": "bfloat16",
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "layers": "0:15",
         "sequence_len": 4096, "dtype": "bfloat16",
     },
     "tiny": {
@@ -127,7 +134,7 @@ def report(variant: str, printed: str, lines: list[dict[str, float]], flop: floa
         floor = H200_MATRIX_TFLOPS * 1e12 / flop
         print(f"share of the floor without recomputation ({floor:,.0f} tokens/s on an H200): {median / floor:.2f}")
     for line in printed.splitlines():
-        if line.startswith(("Loaded", "Peak")):
+        if line.startswith(("Decoder", "Loaded", "Peak")):
             print(line)
     print(f"loss: first {lines[0]['train/loss']:.4f}, last {lines[-1]['train/loss']:.4f}", flush=True)
 

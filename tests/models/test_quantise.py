@@ -57,6 +57,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "shared_expert_intermediate_size": INNER},
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "num_experts_per_tok": 2},
 }
+LINEAR_ROUTER = {"hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2}}
 FOUR_BIT_NAMES = re.compile(r"\b(q|k|v|o|qkv|gate|up|gate_up|down)_proj(\.weight)?$")
 """Linear layers and fused experts of every family here, and neither a router nor the gate of a shared expert."""
 
@@ -64,7 +65,7 @@ FOUR_BIT_NAMES = re.compile(r"\b(q|k|v|o|qkv|gate|up|gate_up|down)_proj(\.weight
 def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The same random frozen model each time."""
     torch.manual_seed(sum(name.encode()))
-    config = AutoConfig.for_model(name, **{**SHAPE, **SPARSE.get(name, {}), **changes})
+    config = AutoConfig.for_model(name, **{**SHAPE, **{**SPARSE, **LINEAR_ROUTER}.get(name, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):  # Hugging Face starts them at 0
@@ -214,7 +215,6 @@ def recompute_(block: nn.Module) -> None:
                 "mlp.shared_expert.down_proj.weight",
             ],
         ),
-        ("phimoe", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),  # its router is a kind of nn.Linear
         (
             "hunyuan_v1_moe",  # its router is the plain nn.Linear mlp.gate.wg
             [
@@ -238,8 +238,12 @@ def test_projections_are_quantised_and_scores_are_not(name, beside_attention):
     assert not any(parameter.requires_grad for parameter in block.parameters())
 
 
-def test_convolutions_are_no_experts():
-    block = nn.ModuleDict({"conv": nn.Conv1d(8, 8, 64), "proj": nn.Linear(64, 8)})
+def test_convolutions_and_other_kinds_of_linear_layers_are_left_alone():
+    class Router(nn.Linear):
+        pass
+
+    block = nn.ModuleDict({"conv": nn.Conv1d(8, 8, 64), "proj": nn.Linear(64, 8), "choice": Router(64, 8)})
+    block["router"] = nn.ModuleDict({"layer": nn.Linear(64, 8)})  # as in JetMoe and Longcat
     assert four_bit_weights(block) == ["proj.weight"]
 
 
