@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cadapter.adapters.control import SITES
+from cadapter.adapters.layer_facts import LayerFacts
+from cadapter.adapters.layer_facts import describe_layers as describe_layers  # found here too
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
-from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import Family
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,7 +33,6 @@ MULTIPLICATIVE_TYPE = "MULTIPLICATIVE_LORA"
 INVERSES = ("exact", "neumann")
 
 _CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.control_([AB])(?:\.weight)?")
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SYMMETRIC_KEY = re.compile(r".*\.control_(Q|S|lambda)(\.weight)?")
 
 Kind = Literal["control", "multiplicative", "additive"]
@@ -45,31 +44,6 @@ class LowRank:
 
     A: Tensor
     B: Tensor
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a conversion must know of one decoder layer of the base, names being those within the layer.
-
-    Attributes:
-        attention, mlp: the residual writers of the two modules.
-        post_norms: a norm stands between a writer and the addition to the residual stream.
-        biased: the writers that have a non-zero bias.
-    """
-
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...]
-    post_norms: bool = False
-    biased: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the config under "layers"."""
-        return {
-            "attention": list(self.attention),
-            "mlp": list(self.mlp),
-            "post_norms": self.post_norms,
-            "biased": list(self.biased),
-        }
 
 
 @dataclass
@@ -108,29 +82,6 @@ class ControlAdapterFiles:
     def hidden_size(self) -> int:
         """H."""
         return next(iter(self.layers.values())).A.shape[1]
-
-
-def describe_layers(checkpoint: Checkpoint, family: Family, layers: Iterable[int]) -> dict[int, LayerFacts]:
-    """Facts of ``layers`` of a base model, for :class:`ControlAdapterFiles`; reads the writers' biases and no more."""
-    names: dict[int, list[str]] = {}
-    for name in checkpoint.names():
-        match = _LAYER_TENSOR.fullmatch(name)
-        if match:
-            names.setdefault(int(match[1]), []).append(match[2].removesuffix(".weight"))
-    facts = {}
-    for layer in layers:
-        attention, mlp = family.writers_among(sorted(names.get(layer, []), key=_by_number))
-        biases = {writer: f"model.layers.{layer}.{writer}.bias" for writer in (*attention, *mlp)}
-        biased = tuple(
-            writer for writer, name in biases.items() if name in checkpoint and bool(checkpoint.tensor(name).any())
-        )
-        facts[layer] = LayerFacts(attention, mlp, family.post_norms, biased)
-    return facts
-
-
-def _by_number(name: str) -> list[tuple[bool, int | str]]:
-    """A sorting key that puts expert 10 behind expert 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -304,14 +255,11 @@ def _read_facts(config: Mapping[str, Any], layers: Iterable[int], file: Path) ->
     if recorded is None:
         return {}
     facts = {}
-    try:
-        for layer in layers:
-            entry = recorded[str(layer)]
-            facts[layer] = LayerFacts(
-                tuple(entry["attention"]), tuple(entry["mlp"]), bool(entry["post_norms"]), tuple(entry["biased"])
-            )
-    except (KeyError, TypeError) as error:
-        raise UsageError(f'{file}: the entry of layer {layer} under "layers" is incomplete ({error}).') from error
+    for layer in layers:
+        try:
+            facts[layer] = LayerFacts.from_json(recorded[str(layer)])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f'{file}: the entry of layer {layer} under "layers" is not right ({error!r}).') from error
     return facts
 
 

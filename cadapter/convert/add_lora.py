@@ -104,8 +104,9 @@ def to_add_lora(
 
     Raises:
         UsageError: the adapter does not fit the base, changes nothing, its power does not exist, ``rank`` is not
-            below the adapter's, or ``output`` exists.
+            below the adapter's, the base has experts, or ``output`` exists.
     """
+    _refuse_experts(base)
     if rank is not None and not 1 <= rank <= adapter.rank:
         raise UsageError(f"--rank {rank}: the adapter has rank {adapter.rank}; a smaller one truncates it, 1 at least.")
     target = find_target(adapter, base, dial, writers)
@@ -121,6 +122,15 @@ def to_add_lora(
         write_lora(directory, config, pairs, _card(adapter, dial, base_name, final_rank, overall, target.notes))
     shares = {layer: k / total if total > 0 else 1.0 for layer, (k, total) in kept.items()}
     return AdditiveSummary(len(folded), len(pairs), biases, final_rank, shares, overall, target.notes)
+
+
+def _refuse_experts(base: Checkpoint) -> None:
+    """Refuse a base with experts: peft loads some LoRAs on such models wrongly, and in their dense layers too."""
+    if any("experts" in name.split(".") for name in base.names()):
+        raise UsageError(
+            f"{base.directory} has experts, and peft loads LoRAs on the writers of such models wrongly, without a "
+            "warning: none is written.\nUse cadapter merge, or cadapter to-mult-lora, instead."
+        )
 
 
 def _with_bias(pair: LoraPair) -> LoraPair:

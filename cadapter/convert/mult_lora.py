@@ -1,6 +1,7 @@
 """Control adapter → multiplicative LoRA: ``(I + W_t)·W_lin`` on every chosen residual writer, with the same A and B.
 
-A multiplicative pair acts on what its module writes, the bias included: ``y + s·B·(A·y)``.
+A multiplicative pair acts on what its module writes, the bias included: ``y + s·B·(A·y)``. Experts are writers each of
+its own where the base's files hold them one by one, and one writer together where they hold them as one tensor.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cadapter.adapters.directory import MULTIPLICATIVE_TYPE, ControlAdapterFiles, layer_ranges
+from cadapter.adapters.layer_facts import patterns
 from cadapter.convert.lora_directory import LoraPair, lora_config, write_lora
 from cadapter.convert.operators import Dial, Writers, find_target, module_name, operators
 from cadapter.files import new_directory
@@ -52,7 +54,7 @@ def to_mult_lora(
 
 
 def _card(adapter: ControlAdapterFiles, dial: Dial, pairs: dict[str, LoraPair], notes: tuple[str, ...]) -> str:
-    writers = sorted({module.split(".", 3)[3] for module in pairs})
+    writers = patterns(sorted({module.split(".", 3)[3] for module in pairs}))
     return f"""---
 library_name: cadapter
 tags:

@@ -7,18 +7,19 @@ weights becomes ``(I + W_t)·W_lin`` on its writers, with ``I + W_t = (I + W)^t`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cadapter.adapters.directory import ControlAdapterFiles, LayerFacts, LowRank, describe_layers, validate_against
+from cadapter.adapters.directory import ControlAdapterFiles, LowRank, validate_against
+from cadapter.adapters.layer_facts import LayerFacts, describe_layers, patterns
 from cadapter.adapters.strengths import neumann_note
 from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import FAMILIES, family_of
+from cadapter.models.families import FAMILIES
 from cadapter.models.loading import family_for
 
 Writers = Literal["mlp", "all"]
@@ -101,7 +102,8 @@ class Target:
         facts: the layers' facts by layer number.
         writers: "mlp" or "all".
         notes: what the user must hear: that the result only approximates the adapter, that the base is of another
-            type than the one it was trained on, or how far the exact inverse is from the one it was trained with.
+            type than the one it was trained on or of one that is in no table, or how far the exact inverse is from the
+            one it was trained with.
     """
 
     facts: Mapping[int, LayerFacts]
@@ -137,43 +139,66 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dia
         writers: None follows the site: the MLP's for "mlp", the attention's and the MLP's for "block" and "writes".
 
     Raises:
-        UsageError: the base does not fit the adapter, or nothing tells its family.
+        UsageError: the base does not fit the adapter, nothing tells its family, or not all writers are known.
     """
     writers = writers or ("mlp" if adapter.site == "mlp" else "all")
-    parallel = False
-    if base is not None:
-        validate_against(adapter, base.config.hidden_size, base.config.num_hidden_layers)
-        family = family_for(base)
-        facts, parallel = describe_layers(base, family, adapter.layers), family.parallel
-    elif adapter.facts:
-        facts = adapter.facts
-        if adapter.base_model_type in FAMILIES:
-            parallel = family_of(adapter.base_model_type).parallel
-    elif adapter.base_model_type:
-        family = family_of(adapter.base_model_type)
-        if family.experts:
-            raise UsageError(
-                f"{adapter.path} does not record the experts of its base model.\nGive the base model with --base."
-            )
-        layer_facts = LayerFacts(family.attention_writers, family.mlp_writers, family.post_norms)
-        facts, parallel = dict.fromkeys(adapter.layers, layer_facts), family.parallel
-    else:
-        raise UsageError(
-            f"{adapter.path} does not record the family of its base model.\nGive the base model with --base."
-        )
-    for layer, found in facts.items():
-        if not found.mlp or (writers == "all" and not found.attention):
-            raise UsageError(
-                f"{adapter.path}: none of the base model's layers that write to the residual stream is known for layer "
-                f"{layer}.\nIts family is in no table, or its files do not have the names of the original model."
-            )
+    model_type, parallel, facts = _base_facts(adapter, base)
+    _refuse_unknown(adapter, facts, writers)
     post_norms = any(layer.post_norms for layer in facts.values())
+    target = Target(facts, writers, ())
     notes = (
         _approximation(adapter.site, writers, parallel, post_norms),
         _other_family(adapter, base),
+        _unlisted_family(model_type, target),
         neumann_note(adapter, [dial.strength]),
     )
-    return Target(facts, writers, tuple(note for note in notes if note))
+    return replace(target, notes=tuple(note for note in notes if note))
+
+
+def _base_facts(
+    adapter: ControlAdapterFiles, base: Checkpoint | None
+) -> tuple[str | None, bool, Mapping[int, LayerFacts]]:
+    """The base's type where it is known, whether its blocks are parallel, and the facts of the adapted layers."""
+    if base is not None:
+        validate_against(adapter, base.config.hidden_size, base.config.num_hidden_layers)
+        family = family_for(base)
+        return base.config.model_type, family.parallel, describe_layers(base, family, adapter.layers)
+    model_type = adapter.base_model_type
+    listed = FAMILIES.get(model_type) if model_type else None
+    if adapter.facts:
+        return model_type, listed is not None and listed.parallel, adapter.facts
+    if listed is None or listed.experts:
+        what = "the family" if listed is None else "the experts"
+        raise UsageError(f"{adapter.path} does not record {what} of its base model.\nGive the base model with --base.")
+    facts = LayerFacts(listed.attention_writers, listed.mlp_writers, listed.post_norms)
+    return model_type, listed.parallel, dict.fromkeys(adapter.layers, facts)
+
+
+def _refuse_unknown(adapter: ControlAdapterFiles, facts: Mapping[int, LayerFacts], writers: Writers) -> None:
+    """Make sure that all writers of every adapted layer are known."""
+    for layer, found in facts.items():
+        if found.unknown:
+            reason = f"{found.unknown[0]} seems to write to the residual stream too, in a way that is not known"
+        elif not found.mlp or (writers == "all" and not found.attention):
+            module = "attention" if found.mlp else "MLP"
+            reason = f"none of the linear layers through which its {module} writes to the residual stream is known"
+        else:
+            continue
+        raise UsageError(
+            f"{adapter.path} cannot be converted: in layer {layer} of the base model, {reason}.\n"
+            "The model's family is in no table, or its files do not have the names of the original model. Apply the "
+            "adapter without converting it: cadapter generate --adapter."
+        )
+
+
+def _unlisted_family(model_type: str | None, target: Target) -> str | None:
+    if model_type is None or model_type in FAMILIES:
+        return None
+    names = patterns(name for layer in target.facts for name in target.names(layer))
+    return (
+        f"Models of type {model_type!r} are in no table of families: what writes to the residual stream was told from "
+        f"the model's structure ({', '.join(names)})."
+    )
 
 
 def _other_family(adapter: ControlAdapterFiles, base: Checkpoint | None) -> str | None:
@@ -183,7 +208,7 @@ def _other_family(adapter: ControlAdapterFiles, base: Checkpoint | None) -> str 
 
 
 def module_name(layer: int, writer: str) -> str:
-    """Full name of a writer of a decoder layer, as in the checkpoint: "model.layers.3.mlp.down_proj"."""
+    """Full name of a writer of a decoder layer, as on disk: "model.layers.3.mlp.down_proj"."""
     return f"model.layers.{layer}.{writer}"
 
 

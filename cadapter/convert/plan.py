@@ -119,7 +119,7 @@ def plan_multiplicative(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dia
     """
     touched = 0
     for module, pair in lora.pairs.items():
-        _check_module(base, lora, module)
+        _check_module(base, lora, module, weight_name(base, module))
         if pair.A.shape[1] != pair.B.shape[0]:
             raise UsageError(
                 f"{lora.path}: {module} has lora_A {list(pair.A.shape)} and lora_B {list(pair.B.shape)}; a "
@@ -143,7 +143,7 @@ def plan_additive(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> 
         raise UsageError("--strength does not exist for an additive LoRA.\nUse --scale X, or --inverse to subtract it.")
     touched = 0
     for module, pair in lora.pairs.items():
-        _check_module(base, lora, module)
+        _check_module(base, lora, module, f"{module}.weight")
         check_writer(base, f"{module}.weight", pair.B.shape[0], pair.A.shape[1])
         factor = pair.scale * dial.factor * dial.strength
         if factor and pair.A.any() and pair.B.any():
@@ -161,10 +161,10 @@ def _add_bias(plan: Plan, base: Checkpoint, lora: LoraFiles, module: str, pair: 
     plan.setdefault(f"{module}.bias", []).append(AddVector(pair.bias, factor))
 
 
-def _check_module(base: Checkpoint, lora: LoraFiles, module: str) -> None:
-    if f"{module}.weight" not in base:
+def _check_module(base: Checkpoint, lora: LoraFiles, module: str, tensor: str) -> None:
+    if tensor not in base:
         raise UsageError(
-            f"{lora.path} adapts {module}, but {base.directory} has no tensor {module}.weight.\n"
+            f"{lora.path} adapts {module}, but {base.directory} has no tensor {tensor}.\n"
             "Use it with the model it was trained on."
         )
     tied = getattr(base.config, "tie_word_embeddings", False)

@@ -16,9 +16,11 @@ from cadapter.adapters.strengths import layer_transform, load_factors
 from cadapter.classes import POSITIVE
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import FAMILIES, config_number
-from cadapter.models.loading import family_for
-from cadapter.models.shell import inferred_family
+from cadapter.models.families import FAMILIES, Family, config_number
+from cadapter.models.loading import family_for, needed_attention
+
+UNLISTED = Family(added=None)
+"""What is known of a block of a family that is in no table: it adds its output minus its input."""
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
@@ -45,6 +47,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            attn_implementation=needed_attention(checkpoint.config),
         )
     except torch.OutOfMemoryError as error:
         raise CadapterError(
@@ -95,7 +98,7 @@ class SteeredModel:
 
     def __init__(self, model: Any, files: ControlAdapterFiles, strength: float = 1.0) -> None:
         validate_against(files, model.config.hidden_size, model.config.num_hidden_layers)
-        family = FAMILIES.get(model.config.model_type) or inferred_family(model)
+        family = FAMILIES.get(model.config.model_type, UNLISTED)
         residual_scale = config_number(model.config, family.residual_scale)
         settings = ControlSettings(files.rank, files.alpha, files.site)
         self.model = model

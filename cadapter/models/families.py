@@ -43,6 +43,7 @@ class Family:
         embedding_scale: the key whose number the model multiplies the token embeddings by, outside of their module.
         logit_scale, logit_divisor: keys whose numbers multiply and divide the logits.
         logit_softcap: the key whose number c, where it is set, caps logits to ``c·tanh(logits / c)``.
+        attention: the attention implementation that the family needs; None: whichever transformers chooses.
         experts: a block may hold experts, whose tensors are fused in memory and one by one on disk.
         inferred: these facts were read from the model's structure and are in no table.
     """
@@ -56,6 +57,7 @@ class Family:
     logit_scale: str | None = None
     logit_divisor: str | None = None
     logit_softcap: str | None = None
+    attention: str | None = None
     experts: bool = False
     inferred: bool = False
 
@@ -106,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": EXPERTS,
     "cohere": COHERE,
     "cohere2": COHERE,
-    "gemma2": GEMMA,
+    "gemma2": replace(GEMMA, attention="eager"),  # its attention scores are capped, which sdpa cannot do
     "gemma3_text": GEMMA,
     "phi3": LLAMA,
     "olmo2": Family(added=("post_attention_layernorm", "post_feedforward_layernorm")),

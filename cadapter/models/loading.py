@@ -40,7 +40,7 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     Args:
         config: transformers'. Its dropout is set to zero: it would differ with the layout and under recomputation.
         dtype: of all weights.
-        attention: transformers' name of the attention implementation; None: the family's default.
+        attention: transformers' name of the attention implementation; None: what the family needs.
 
     Raises:
         UsageError: no such model can be built.
@@ -51,6 +51,7 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     for key, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
             setattr(config, key, 0.0)
+    attention = attention or needed_attention(config)
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
@@ -59,6 +60,12 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:  # a wrong name, a missing package
         wanted = f"with {attention} attention" if attention else f"of type {config.model_type}"
         raise UsageError(f"no causal LM can be built {wanted}.\n{type(error).__name__}: {error}") from error
+
+
+def needed_attention(config: Any) -> str | None:
+    """The attention implementation that the family of a model needs; None: whichever transformers chooses."""
+    family = FAMILIES.get(config.model_type)
+    return family.attention if family else None
 
 
 def facts_of(skeleton: Any) -> Family:

@@ -186,10 +186,10 @@ def test_dropout_is_on_what_a_layer_reads_and_a_function_of_rows(name):
     blocks, _ = put_lora(model, settings_with(None, dropout=rate))
     randomise(blocks)
     found = outcome(model, blocks, dropout_rows=ROWS)
-    assert_agree(found, reference(name, blocks, rate), 1e-4)  # float32 through three blocks and a softmax each
+    assert_agree(found, reference(name, blocks, rate), 1e-5)  # float32 through three blocks
     without = outcome(model, blocks)
     assert (found["output"] - without["output"]).norm() > 0.01 * without["output"].norm()
-    assert_agree(without, reference(name, blocks, 0.0), 1e-4)
+    assert_agree(without, reference(name, blocks, 0.0), 1e-5)
     model.eval()
     assert torch.equal(outcome(model, blocks, dropout_rows=ROWS)["output"], without["output"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from cadapter.adapters.lora_targets import match_model
 from cadapter.config import Config
 from cadapter.config.layers import parse_layers
-from cadapter.errors import UsageError
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.loading import DTYPES, CausalLM
 from cadapter.training.modes.base import Mode
@@ -30,10 +29,5 @@ def mode_of(config: Config, model: CausalLM) -> Mode:
         return ControlMode(model, layers, control_settings(config), config.seed, decay, config.model_dir)
     settings = lora_settings(config)
     blocks = [model.skeleton_block(index) for index in range(model.layer_count)]
-    targets = match_model(blocks, layers, settings.targets, settings.dropout)
-    if model.four_bit and any(each.experts for each in targets.by_layer.values()):
-        raise UsageError(
-            f"target_modules = {config.target_modules}: peft cannot train LoRA on experts that are held in 4 bits.\n"
-            "Name other target_modules, or set load_in_4bit = false."
-        )
+    targets = match_model(blocks, layers, settings.targets, settings.dropout, model.four_bit)
     return LoraMode(model, targets, settings, config.seed, decay, config.model_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from cadapter.adapters.lora import LoraBlock, LoraSettings
 from cadapter.adapters.lora_directory import load_into, write_lora_adapter
-from cadapter.adapters.lora_targets import ModelTargets
+from cadapter.adapters.lora_targets import ModelTargets, Targets, count_parameters
 from cadapter.adapters.trained_lora import TrainedLora
 from cadapter.config import Config
 from cadapter.models.layers import DecoderLayer
@@ -63,16 +62,10 @@ class LoraMode:
         self.base_name = base_name
         self.bytes_per_trained = trained_bytes(settings.dtype)
         # Counted now, while the blocks are as the model has them.
-        self._numbers = [self._numbers_of(index) for index in range(model.layer_count)]
-
-    def _numbers_of(self, index: int) -> int:
-        targets = self.targets.by_layer.get(index)
-        if targets is None:
-            return 0
-        block = self.model.skeleton_block(index)
-        weights = [f"{name}.weight" for name in targets.linears]
-        shapes = [tuple(block.get_parameter(name).shape) for name in (*weights, *targets.experts)]
-        return sum(self.settings.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in shapes)
+        self._numbers = [
+            count_parameters(model.skeleton_block(index), targets.by_layer.get(index, Targets()), settings.rank)
+            for index in range(model.layer_count)
+        ]
 
     def wrap(self, block: nn.Module, index: int) -> nn.Module:
         """Put LoRA into a block that has targets."""
@@ -102,7 +95,7 @@ class LoraMode:
         Raises:
             UsageError: a pair is missing or has another shape.
         """
-        load_into(lora_blocks_of(layers), directory)
+        load_into(lora_blocks_of(layers), directory, self.layers)
 
     def facts(self) -> dict[str, Any]:
         """Shape and place of the pairs."""
