@@ -29,7 +29,11 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "examples" / "reviews" / "README.md"]
+PAGES = [
+    *DOCUMENTS,
+    ROOT / "CHANGELOG.md",
+    *(ROOT / "examples" / name / "README.md" for name in ("reviews", "configs")),
+]
 
 SKIPPED = {"README.md": {"several GPUs": 2, "several nodes": 1}, "configuration.md": {}}
 """How many lines of a document do not run here, by what they need."""
@@ -300,15 +304,13 @@ def test_what_is_said_to_be_unsupported_is_and_nothing_else(tmp_path: Path) -> N
     config.write_text(config_for_here(), encoding="utf-8")
     for setting in settings:
         key = setting.split(" = ")[0]
-        # Beside Control Adapters these two are refused as a contradiction, before anyone asks whether they are there.
-        alone = ["use_control_adapters=false"] if key in ("full_fine_tune", "target_modules") else []
         with pytest.raises(UsageError) as refused:
-            load_config(config, [setting, *alone])
+            load_config(config, [setting])
         lines = [line for line in str(refused.value).splitlines() if f"{key} = " in line or f"--set {key}" in line]
         assert any("not supported yet" in line for line in lines), f"{setting}\n{refused.value}"
     rows = [row.key for row in (*unsupported._CONFIG_ROWS, *unsupported._DATASET_ROWS)]
     named = [setting.split(" = ")[0].rpartition(".")[2] for setting in settings]
-    assert sorted(named) == sorted(["use_control_adapters", *rows])
+    assert sorted(named) == sorted(rows)
 
 
 def test_every_config_on_the_pages_loads(tmp_path: Path) -> None:

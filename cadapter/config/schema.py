@@ -118,7 +118,7 @@ class Config(Table):
     )
 
     full_fine_tune: bool = Field(
-        default=False, description="Train the model's own weights in bfloat16 (no weight decay)."
+        default=False, description="Train the model's own weights, in `dtype`; there is no weight decay."
     )
     use_control_adapters: bool = Field(
         default=False, description="Train Control Adapters; with neither this nor full_fine_tune: LoRA."
@@ -129,7 +129,9 @@ class Config(Table):
     init_from: Text | None = Field(
         default=None, description="An adapter directory whose weights start this run, with a fresh optimiser."
     )
-    load_in_4bit: bool = Field(default=False, description="Hold the base model in bitsandbytes nf4.")
+    load_in_4bit: bool = Field(
+        default=False, description="Hold the blocks of the base model in bitsandbytes nf4 (QLoRA, Control Adapters)."
+    )
 
     lora_rank: Count = Field(default=16, description="Rank r of the adapters.")
     lora_alpha: Positive | None = Field(
@@ -144,7 +146,8 @@ class Config(Table):
     )
     target_modules: Annotated[list[Text] | None, Expects("a list of module names")] = Field(
         default=None,
-        description="LoRA and full fine-tuning: the modules that are trained; default: every linear layer.",
+        description="The modules that are trained, by their names or ends of these; "
+        "default: LoRA every linear layer, full fine-tuning everything.",
     )
     layers_to_transform: Annotated[
         Annotated[str, AfterValidator(_check_layers)] | None, Expects('a string such as "16:31" or "0:10,20:25,30"')
@@ -213,7 +216,7 @@ class Config(Table):
     ] = Field(default="auto", description='What is recomputed; "offload": kept in host memory; N: every Nth layer.')
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field(default="auto", description='Which attention of transformers; "auto": sdpa.')
+    ] = Field(default="auto", description='Which attention of transformers; "auto": sdpa, or what the family needs.')
     document_attention: Literal["packed", "isolated"] = Field(
         default="packed", description='"isolated": tokens see only their own document.'
     )

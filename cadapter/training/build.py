@@ -88,6 +88,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     # A checkpoint of full fine-tuning is the model itself.
     model = load_base(config, world, resume_from if config.full_fine_tune else None)
     mode = mode_of(config, model)
+    if config.init_from is not None and resume_from is None:
+        mode.check_start(Path(config.init_from))
     neutral = config.control_class0_lambda * config.class_weights.neutral > 0
     has_neutral = any(dataset.control_class == NEUTRAL for dataset in config.datasets)
     carrier = CarrierFormat(

@@ -7,66 +7,44 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import (
     ControlAdapterFiles,
     LowRank,
     control_card,
-    describe_layers,
+    read_control_adapter,
     write_control_adapter,
 )
+from cadapter.adapters.layer_facts import describe_layers
+from cadapter.models.attach import SteeredModel, load_causal_lm
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import family_of
+from cadapter.models.loading import family_for
+from tests.tiny_models import LAYERS, VOCAB, make_model, save_model
 
-HIDDEN, LAYERS, VOCAB = 32, 3, 64
-
-# A wide initialisation, so that random models have logits of order 1 and an adapter can be seen to move them.
-SHAPE = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
+CHANGED = {
+    "llama-deep": ("llama", {"num_hidden_layers": LAYERS + 1}),
+    "llama-narrow": ("llama", {"hidden_size": 16}),
 }
-
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama-tied": LlamaConfig(**{**SHAPE, "tie_word_embeddings": True}),
-    "llama-biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
-    "llama-deep": LlamaConfig(**{**SHAPE, "num_hidden_layers": LAYERS + 1}),
-    "llama-narrow": LlamaConfig(**{**SHAPE, "hidden_size": 16}),
-    "mistral": MistralConfig(**SHAPE, head_dim=8),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=8),
-}
+"""Models besides those of ``tests/tiny_models.py``: another one's name, and what differs."""
 
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory):
-    """A function that saves the tiny model ``name`` in several shards, once, and returns its directory."""
+    """A function that saves the tiny model ``name`` once and returns its directory.
+
+    It is in several shards, experts one by one as on the hub; ``fused``: in one file, experts fused as in memory.
+    """
     root = tmp_path_factory.mktemp("models")
 
-    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        directory = root / f"{name}-{str(dtype).rpartition('.')[2]}"
+    def make(name: str, dtype: torch.dtype = torch.float32, fused: bool = False) -> Path:
+        directory = root / f"{name}-{str(dtype).rpartition('.')[2]}{'-fused' * fused}"
         if not directory.exists():
-            torch.manual_seed(len(name))
-            model = AutoModelForCausalLM.from_config(CONFIGS[name])
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.3)
-            model.to(dtype).save_pretrained(directory, max_shard_size="20KB")
+            original, changes = CHANGED.get(name, (name, {}))
+            if fused:
+                make_model(original, dtype, **changes).save_pretrained(directory, save_original_format=False)
+            else:
+                save_model(original, directory, dtype, **changes)
         return directory
 
     return make
@@ -97,7 +75,7 @@ def make_adapter(tmp_path):
             inverse=inverse,
             base_model_type=checkpoint.config.model_type,
             base_model_name_or_path=str(base),
-            facts=describe_layers(checkpoint, family_of(checkpoint.config.model_type), layers),
+            facts=describe_layers(checkpoint, family_for(checkpoint), layers),
         )
         for key, value in changes.items():
             setattr(adapter, key, value)
@@ -110,18 +88,37 @@ def make_adapter(tmp_path):
 
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
-    """Two sequences of token ids, [2, 12]."""
-    return torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(11))
+    """Two sequences of token ids, [2, 24]: three windows long."""
+    return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(11))
 
 
 def logits_of(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the model in ``directory`` as Hugging Face computes them in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    """Logits of the model in ``directory`` as Hugging Face computes them in float32; all of its tensors are found."""
+    model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
     with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
+        return model.eval()(input_ids=tokens, use_cache=False).logits
 
 
 @pytest.fixture(scope="session")
 def logits():
     """The function :func:`logits_of`."""
     return logits_of
+
+
+def steered_logits(base: Path, adapter: Path, tokens: torch.Tensor, strengths: list[float]) -> list[torch.Tensor]:
+    """Logits of the model in ``base`` in float32, with the adapter applied natively at each of ``strengths``."""
+    model = load_causal_lm(Checkpoint(base), torch.float32, "cpu")
+    steered, found = SteeredModel(model, read_control_adapter(adapter)), []
+    for strength in strengths:
+        steered.set_strength(strength)
+        with torch.no_grad():
+            found.append(model(input_ids=tokens, use_cache=False).logits)
+    return found
+
+
+@pytest.fixture(scope="session")
+def native_logits():
+    """The function :func:`steered_logits`."""
+    return steered_logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cadapter.adapters.trained import Trained
+from cadapter.errors import UsageError
 from cadapter.training.state import PartWriter
 
 
@@ -17,6 +19,19 @@ def trained_bytes(dtype: torch.dtype, gradient: torch.dtype | None = None) -> in
     """Bytes of a trained number with its gradient, Adam's two moments and, below float32, Kahan's compensation."""
     size = dtype.itemsize
     return size + (gradient or dtype).itemsize + 2 * size + (size if size < 4 else 0)
+
+
+def check_rank_and_alpha(directory: Path, stored: tuple[int, float], wanted: tuple[int, float]) -> None:
+    """Make sure that an adapter in ``directory`` has the rank and the alpha that a run wants.
+
+    Raises:
+        UsageError: it has others; what the run would have to say is named.
+    """
+    if stored[0] != wanted[0] or not math.isclose(stored[1], wanted[1], rel_tol=1e-9):
+        raise UsageError(
+            f"{directory} has rank {stored[0]} and alpha {stored[1]:g}; this run has {wanted[0]} and {wanted[1]:g}.\n"
+            f"Set lora_rank = {stored[0]} and lora_alpha = {stored[1]!r}."
+        )
 
 
 class Mode(Protocol):
@@ -53,6 +68,13 @@ class Mode(Protocol):
 
     def writer(self, directory: Path) -> PartWriter:
         """A writer of all stages' parts into ``directory``, on rank 0."""
+
+    def check_start(self, directory: Path) -> None:
+        """Make sure that a run can start from what ``directory`` holds, as far as the directory itself says.
+
+        Raises:
+            UsageError: it cannot.
+        """
 
     def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
         """Take over what ``directory``, once written by :meth:`writer`, holds for this stage's pipeline layers.

@@ -16,15 +16,18 @@ from cadapter.adapters.directory import (
     LowRank,
     control_card,
     describe_layers,
+    layer_ranges,
     read_control_adapter,
+    validate_against,
     write_control_adapter,
 )
+from cadapter.adapters.strengths import load_factors
 from cadapter.adapters.trained_control import TrainedControlAdapters
 from cadapter.config import Config
 from cadapter.errors import UsageError
 from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import DTYPES, CausalLM
-from cadapter.training.modes.base import trained_bytes
+from cadapter.training.modes.base import check_rank_and_alpha, trained_bytes
 
 
 def control_settings(config: Config) -> ControlSettings:
@@ -105,19 +108,36 @@ class ControlMode:
         """What conversions must know of each adapted layer of the base."""
         return describe_layers(self.model.checkpoint, self.model.family, self.layers)
 
+    def check_start(self, directory: Path) -> None:
+        """Make sure that ``directory`` holds this run's layers, at its rank, scale and site.
+
+        Raises:
+            UsageError: it does not.
+        """
+        self._read(directory)
+
+    def _read(self, directory: Path) -> ControlAdapterFiles:
+        files, settings = read_control_adapter(directory), self.settings
+        validate_against(files, self.model.hidden_size, self.model.layer_count)
+        check_rank_and_alpha(directory, (files.rank, files.alpha), (settings.rank, settings.alpha))
+        if files.site != settings.site:
+            raise UsageError(f'{directory} was trained with control_site = "{files.site}", not "{settings.site}".')
+        if files.layers.keys() != set(self.layers):
+            raise UsageError(
+                f"{directory} does not hold the layers of this run: it has {layer_ranges(files.layers)}, this run "
+                f"trains {layer_ranges(self.layers)}.\nSee layers_to_transform."
+            )
+        return files
+
     def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
         """Take over the factors of this stage's adapters.
 
         Raises:
-            UsageError: a layer is missing or has another rank or hidden size.
+            UsageError: ``directory`` does not fit, see :meth:`check_start`.
         """
-        files = read_control_adapter(directory)
+        files = self._read(directory)
         for adapter in adapters_of(layers):
-            factors = files.layers.get(adapter.layer)
-            if factors is None or factors.A.shape != adapter.control_A.shape:
-                raise UsageError(f"{directory} does not hold layer {adapter.layer} at this run's rank and hidden size.")
-            adapter.control_A.data.copy_(factors.A)
-            adapter.control_B.data.copy_(factors.B)
+            load_factors(adapter, files)
 
     def facts(self) -> dict[str, Any]:
         """Shape and place of the adapters."""

@@ -127,6 +127,9 @@ class FullMode:
         """A writer of a model directory."""
         return ModelWriter(self.companions, self.model.skeleton, directory, self.dtype_name, self.model.tied)
 
+    def check_start(self, directory: Path) -> None:
+        """Nothing to do: a config says with ``model_dir`` what is trained."""
+
     def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
         """Nothing to do: the model was loaded from there in the first place."""
 

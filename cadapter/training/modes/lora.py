@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from cadapter.adapters.lora import LoraBlock, LoraSettings
-from cadapter.adapters.lora_directory import load_into, write_lora_adapter
+from cadapter.adapters.lora_directory import load_into, read_lora_adapter, write_lora_adapter
 from cadapter.adapters.lora_targets import ModelTargets, Targets, count_parameters
 from cadapter.adapters.trained_lora import TrainedLora
 from cadapter.config import Config
+from cadapter.errors import UsageError
 from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import DTYPES, CausalLM
-from cadapter.training.modes.base import trained_bytes
+from cadapter.training.modes.base import check_rank_and_alpha, trained_bytes
 
 
 def lora_settings(config: Config) -> LoraSettings:
@@ -89,11 +90,27 @@ class LoraMode:
         """A writer of a LoRA directory."""
         return LoraWriter(directory, self)
 
+    def check_start(self, directory: Path) -> None:
+        """Make sure that ``directory`` holds a LoRA on this run's modules, at its rank and scale.
+
+        Raises:
+            UsageError: it does not.
+        """
+        files, settings = read_lora_adapter(directory), self.settings
+        stored = files.settings
+        check_rank_and_alpha(directory, (stored.rank, stored.alpha), (settings.rank, settings.alpha))
+        ours, theirs = _places(self.targets.by_layer), _places(files.targets)
+        missing, further = sorted(ours - theirs), sorted(theirs - ours)
+        if missing or further:
+            what = f"does not hold {missing[0]}, which" if missing else f"holds {further[0]}, which"
+            does = "trains" if missing else "does not train"
+            raise UsageError(f"{directory} {what} this run {does}.\nSee target_modules and layers_to_transform.")
+
     def load(self, layers: Sequence[nn.Module], directory: Path) -> None:
         """Take over the factors of this stage's pairs.
 
         Raises:
-            UsageError: a pair is missing or has another shape.
+            UsageError: a pair is missing or has another shape, or there are pairs that this run does not train.
         """
         load_into(lora_blocks_of(layers), directory, self.layers)
 
@@ -137,6 +154,10 @@ class LoraWriter:
         mode = self._mode
         kind = mode.model.config.model_type
         write_lora_adapter(self._directory, self._tensors, mode.settings, mode.targets, mode.base_name, kind)
+
+
+def _places(by_layer: Mapping[int, Targets]) -> set[str]:
+    return {f"layers.{layer}.{name}" for layer, targets in by_layer.items() for name in targets.names}
 
 
 def lora_blocks_of(layers: Sequence[nn.Module]) -> list[LoraBlock]:

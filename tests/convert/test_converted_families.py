@@ -1,0 +1,156 @@
+"""Conversions for every family: the adapter applied natively, merged, as pairs for each writer, and through peft."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cadapter.adapters.directory import read_control_adapter
+from cadapter.convert.add_lora import to_add_lora
+from cadapter.convert.merge import merge_model
+from cadapter.convert.mult_lora import to_mult_lora
+from cadapter.convert.operators import Dial
+from cadapter.convert.plan import make_recipe
+from cadapter.errors import UsageError
+from cadapter.models.checkpoint import Checkpoint
+from tests.tiny_models import CONFIGS, FAMILY_NAMES, HIDDEN, LAYERS
+
+EXPERTS = tuple(name for name in CONFIGS if "_moe" in name or name == "mixtral")
+DENSE = tuple(name for name in CONFIGS if name not in EXPERTS)
+FORMATS = [*((name, False) for name in CONFIGS), *((name, True) for name in EXPERTS)]
+"""Every model as on the hub, and those with experts also with fused ones on disk."""
+
+PARALLEL = ("cohere", "cohere2")
+STRENGTHS = [1.0, -1.0, 0.5]
+SPECTRAL = 0.3
+
+ROUNDING = 1e-5
+"""Of the largest logit: 1e-6 is found, what float32 keeps of (I + W)·(w·x) against ((I + W)·w)·x in three blocks."""
+
+WRITER = re.compile(r"self_attn\.o_proj|mlp\.(shared_expert\.|experts\.\d+\.|experts\.)?down_proj|.*\.experts\.\d+\.w2")
+"""What writes to the residual stream, by name within a layer; all families of the table name it alike."""
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def merge(base: Path, adapter: Path, output: Path, strength: float = 1.0) -> list[str]:
+    """Merge as the command does; returns the notes."""
+    model = Checkpoint(base)
+    recipe = make_recipe(model, adapter, Dial(strength=strength))
+    merge_model(model, recipe.plan, output, lambda summary: "card\n")
+    return recipe.notes
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize(("name", "fused"), FORMATS)
+def test_merged_models_are_the_adapter_applied_natively(
+    name, fused, model_directory, make_adapter, native_logits, tokens, logits, tmp_path
+):
+    base = model_directory(name, fused=fused)
+    for site in ("writes", "mlp", *(["block"] if name in PARALLEL else [])):
+        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL)
+        expected = native_logits(base, adapter, tokens, [0.0, *STRENGTHS])
+        for strength, native in zip(STRENGTHS, expected[1:], strict=True):
+            assert error(native, expected[0]) > 0.02
+            output = tmp_path / f"merged-{site}-{strength}"
+            assert merge(base, adapter, output, strength) == []
+            assert error(logits(output, tokens), native) < ROUNDING
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if name not in PARALLEL])
+def test_block_adapters_of_sequential_blocks_are_approximated_and_it_is_said(
+    name, model_directory, make_adapter, native_logits, tokens, logits, tmp_path
+):
+    base = model_directory(name)
+    adapter = make_adapter(base, site="block", spectral=SPECTRAL)
+    [note] = merge(base, adapter, tmp_path / "merged")
+    assert "approximation" in note
+    [native] = native_logits(base, adapter, tokens, [1.0])
+    assert error(logits(tmp_path / "merged", tokens), native) > 0.005
+    assert to_mult_lora(read_control_adapter(adapter), tmp_path / "mult", Dial()).notes == (note,)
+
+
+@pytest.mark.parametrize(("name", "fused"), [pair for pair in FORMATS if pair[0] in EXPERTS])
+def test_a_multiplicative_lora_has_a_pair_for_each_writer_and_merges_to_the_same_bytes(
+    name, fused, model_directory, make_adapter, tmp_path
+):
+    base = model_directory(name, fused=fused)
+    adapter = make_adapter(base, spectral=SPECTRAL, layers=(0, 1))
+    summary = to_mult_lora(read_control_adapter(adapter), tmp_path / "mult", Dial(strength=-0.5))  # without the base
+    in_layers = (re.fullmatch(r"model\.layers\.([01])\.(.+)", tensor) for tensor in Checkpoint(base).names())
+    writers = {m[0].removesuffix(".weight") for m in in_layers if m and WRITER.fullmatch(m[2].removesuffix(".weight"))}
+    pairs = load_file(tmp_path / "mult" / "adapter_model.safetensors")
+    assert set(pairs) == {f"base_model.model.{writer}.lora_{part}.weight" for writer in writers for part in "AB"}
+    assert {tuple(pair.shape) for pair in pairs.values()} == {(4, HIDDEN), (HIDDEN, 4)}
+    assert summary.pairs == len(writers)
+    assert any("experts" in writer for writer in writers)
+    merge(base, adapter, tmp_path / "merged", -0.5)
+    merge(base, tmp_path / "mult", tmp_path / "merged-mult")
+    expected, found = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "merged-mult")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[tensor], expected[tensor]) for tensor in found)
+    card = (tmp_path / "mult" / "README.md").read_text()
+    assert ("experts.*." in card, "experts.0." in card) == (not fused, False)
+
+
+def test_pairs_of_single_experts_do_not_fit_fused_ones(model_directory, make_adapter, tmp_path):
+    adapter = read_control_adapter(make_adapter(model_directory("mixtral")))
+    to_mult_lora(adapter, tmp_path / "mult", Dial())
+    with pytest.raises(UsageError, match=r"has no tensor model\.layers\.0\.block_sparse_moe\.experts\.0\.w2\.weight"):
+        merge(model_directory("mixtral", fused=True), tmp_path / "mult", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_records_nothing_of_its_experts_asks_for_the_base(model_directory, make_adapter, tmp_path):
+    base = model_directory("mixtral")
+    adapter = read_control_adapter(make_adapter(base))
+    adapter.facts = {}
+    with pytest.raises(UsageError, match=r"does not record the experts of its base model(.|\n)*--base"):
+        to_mult_lora(adapter, tmp_path / "mult", Dial())
+    assert to_mult_lora(adapter, tmp_path / "mult", Dial(), base=Checkpoint(base)).pairs == LAYERS * (1 + 4)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_additive_loras_are_the_adapter_applied_natively(
+    name, model_directory, make_adapter, native_logits, tokens, tmp_path
+):
+    base = model_directory(name)
+    for site, strength in (("writes", -0.5), ("mlp", 1.0)):
+        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL)
+        lora = tmp_path / f"lora-{site}"
+        summary = to_add_lora(Checkpoint(base), "base", read_control_adapter(adapter), lora, Dial(strength=strength))
+        assert summary.notes == ()
+        assert json.loads((lora / "adapter_config.json").read_text())["lora_bias"] == (summary.biases > 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
+        with torch.no_grad():
+            found = model(input_ids=tokens, use_cache=False).logits
+        [native] = native_logits(base, adapter, tokens, [strength])
+        assert error(found, native) < ROUNDING
+
+
+@pytest.mark.parametrize(("name", "fused"), [pair for pair in FORMATS if pair[0] in EXPERTS])
+def test_an_additive_lora_of_a_model_with_experts_is_refused(name, fused, model_directory, make_adapter, tmp_path):
+    base = model_directory(name, fused=fused)
+    for layers in ((0, 1, 2), (1,)):  # layer 1 alone is dense in some; peft goes wrong there too
+        adapter = read_control_adapter(make_adapter(base, f"adapter-{layers}", layers=layers))
+        with pytest.raises(UsageError, match=r"has experts(.|\n)*cadapter merge, or cadapter to-mult-lora"):
+            to_add_lora(Checkpoint(base), "base", adapter, tmp_path / "lora", Dial())
+    assert not list(tmp_path.glob("*lora*"))
