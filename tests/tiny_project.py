@@ -84,8 +84,10 @@ def write_jsonl(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def make_model(directory: Path, layers: int = LAYERS, hidden: int = HIDDEN, seed: int = 0) -> Path:
-    """Save a random Llama with a tokenizer; its weights are wide enough for logits of order 1."""
+def make_model(
+    directory: Path, layers: int = LAYERS, hidden: int = HIDDEN, seed: int = 0, tied: bool = False, width: float = 0.1
+) -> Path:
+    """Save a random Llama with a tokenizer; by default its weights are wide enough for logits of order 1."""
     make_tokenizer(directory)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -96,8 +98,8 @@ def make_model(directory: Path, layers: int = LAYERS, hidden: int = HIDDEN, seed
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
+        initializer_range=width,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory

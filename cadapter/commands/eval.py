@@ -82,7 +82,18 @@ def command(
         records = [score.to_json() for score in result.scores] + [pair.to_json() for pair in result.contrasts]
         write_json(json_file, records)
         note(f"Written: {json_file}")
-    note(f"Next: cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare")
+    note(f"Next: {_next(settings, directory)}")
+
+
+def _next(settings: Config, directory: Path) -> str:
+    """What to do with what was evaluated."""
+    from cadapter.adapters.directory import CONFIG_NAME, kind_of
+
+    if not (directory / CONFIG_NAME).is_file():
+        return f"cadapter generate {directory} PROMPT"
+    if kind_of(directory) == "control":
+        return f"cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare"
+    return f"cadapter merge {settings.model_dir} {directory} OUTPUT"
 
 
 def _file_and_class(text: str) -> tuple[str, int]:

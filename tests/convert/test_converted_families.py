@@ -21,6 +21,7 @@ from cadapter.convert.operators import Dial
 from cadapter.convert.plan import make_recipe
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
+from tests.reference import naive
 from tests.tiny_models import CONFIGS, FAMILY_NAMES, HIDDEN, LAYERS
 
 EXPERTS = tuple(name for name in CONFIGS if "_moe" in name or name == "mixtral")
@@ -58,6 +59,12 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def layer_and_module(tensor: str) -> tuple[int | None, str]:
+    """A tensor's layer and, within it, the name of its module; those outside of layers have none."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?", tensor)
+    return (int(match[1]), match[2]) if match else (None, tensor)
+
+
 @pytest.mark.parametrize(("name", "fused"), FORMATS)
 def test_merged_models_are_the_adapter_applied_natively(
     name, fused, model_directory, make_adapter, native_logits, tokens, logits, tmp_path
@@ -71,6 +78,22 @@ def test_merged_models_are_the_adapter_applied_natively(
             output = tmp_path / f"merged-{site}-{strength}"
             assert merge(base, adapter, output, strength) == []
             assert error(logits(output, tokens), native) < ROUNDING
+
+
+@pytest.mark.parametrize(("name", "fused"), FORMATS)
+def test_merged_weights_are_the_naive_product(name, fused, model_directory, make_adapter, tmp_path):
+    base = model_directory(name, fused=fused)
+    files = read_control_adapter(make_adapter(base, layers=(0, 1)))
+    merge(base, files.path, tmp_path / "merged")
+    found, expected = tensors_of(tmp_path / "merged"), {k: v.double() for k, v in tensors_of(base).items()}
+    assert found.keys() == expected.keys()
+    for tensor in found:
+        layer, module = layer_and_module(tensor)
+        if layer in files.layers and WRITER.fullmatch(module):
+            factors = files.layers[layer]
+            expected[tensor] = naive.merged(expected[tensor], naive.full_matrix(factors.A, factors.B, files.scale))
+        # float32 rounding of sums over H = 32 terms of order 1 errs by some 1e-7
+        torch.testing.assert_close(found[tensor].double(), expected[tensor], rtol=2e-6, atol=2e-6, msg=tensor)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if name not in PARALLEL])
@@ -93,8 +116,8 @@ def test_a_multiplicative_lora_has_a_pair_for_each_writer_and_merges_to_the_same
     base = model_directory(name, fused=fused)
     adapter = make_adapter(base, spectral=SPECTRAL, layers=(0, 1))
     summary = to_mult_lora(read_control_adapter(adapter), tmp_path / "mult", Dial(strength=-0.5))  # without the base
-    in_layers = (re.fullmatch(r"model\.layers\.([01])\.(.+)", tensor) for tensor in Checkpoint(base).names())
-    writers = {m[0].removesuffix(".weight") for m in in_layers if m and WRITER.fullmatch(m[2].removesuffix(".weight"))}
+    places = [layer_and_module(tensor) for tensor in Checkpoint(base).names()]
+    writers = {f"model.layers.{layer}.{name}" for layer, name in places if layer in (0, 1) and WRITER.fullmatch(name)}
     pairs = load_file(tmp_path / "mult" / "adapter_model.safetensors")
     assert set(pairs) == {f"base_model.model.{writer}.lora_{part}.weight" for writer in writers for part in "AB"}
     assert {tuple(pair.shape) for pair in pairs.values()} == {(4, HIDDEN), (HIDDEN, 4)}

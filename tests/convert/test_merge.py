@@ -24,7 +24,7 @@ from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.device import usable_device
 from tests.reference import naive
 
-NAMES = ("llama", "llama-tied", "llama-biased", "mistral", "qwen2", "qwen3")
+NAMES = ("llama", "llama-tied", "llama-biased")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
