@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from cadapter.config import Config
     from cadapter.training.evaluation import Evaluation
 
 EXAMPLES = (
