@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cadapter.errors import UsageError
+
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{8}")
+"""The names that :func:`_sibling` gives."""
 
 
 def refuse_existing(output: Path, force: bool) -> None:
@@ -72,6 +77,33 @@ def replace_directory(new: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
         old.unlink()
+
+
+def tidy(directory: Path) -> list[str]:
+    """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`write_text`.
+
+    What was half written is removed. Where the old version had been moved away and the new one was not there yet, the
+    old one takes its place again. Nobody else may be writing in the directory.
+
+    Returns:
+        What was done, a line for each.
+    """
+    done = []
+    for path in sorted(directory.glob(".*")):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        target = directory / match["name"]
+        if match["purpose"] == "replaced" and not target.exists():
+            path.rename(target)
+            done.append(f"{target} is put back: a process was killed while it was being replaced.")
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        done.append(f"{path} is removed: a process was killed while it wrote there.")
+    return done
 
 
 def write_text(path: Path, text: str) -> None:

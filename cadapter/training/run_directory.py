@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from cadapter.errors import UsageError
+from cadapter.files import tidy
 from cadapter.training.state import newest_checkpoint
 
 PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best")
@@ -39,8 +40,10 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output_dir = {self.path} is a file.")
         if resume:
+            tidied = [*tidy(self.path), *tidy(self.checkpoints)]
             checkpoint, remarks = newest_checkpoint(self.checkpoints)
-            if checkpoint is None and remarks and not force:
+            remarks = [*tidied, *remarks]
+            if checkpoint is None and len(remarks) > len(tidied) and not force:
                 raise UsageError(
                     "No checkpoint can be resumed from:\n" + "\n".join(f"  {remark}" for remark in remarks) + "\n"
                     "Start the run again with --force, which replaces it."
@@ -67,6 +70,8 @@ class RunDirectory:
         except OSError as error:
             raise UsageError(f"output_dir = {self.path} cannot be written: {error.strerror}.") from error
         if fresh:
+            for place in (self.path, self.checkpoints):
+                tidy(place)
             for part in self.parts():
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,18 @@ ROUNDING = 1e-5
 @pytest.fixture(scope="module")
 def unlisted(tmp_path_factory):
     """A function that saves a tiny random model of a type once and returns its directory."""
-    root = tmp_path_factory.mktemp("unlisted")
 
+    @cache
     def make(kind: str, **settings: Any) -> Path:
         assert kind not in FAMILIES
-        directory = root / kind
-        if not directory.exists():
-            torch.manual_seed(sum(kind.encode()))
-            config = AutoConfig.for_model(kind, **{**SHAPE, **SPECIAL, **settings})
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.3)
-            model.save_pretrained(directory)
+        directory = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(sum(kind.encode()))
+        config = AutoConfig.for_model(kind, **{**SHAPE, **SPECIAL, **settings})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(directory)
         return directory
 
     return make

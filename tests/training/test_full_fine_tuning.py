@@ -115,9 +115,9 @@ def loaded(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def assert_same_run(project: Project, one: str, other: str) -> None:
-    """Same losses of every step and evaluation, same weights."""
-    for kind in ("train", "eval"):
-        assert losses(project, other, kind) == pytest.approx(losses(project, one, kind), abs=LOSS)
+    """Same losses of every step and of the last evaluation, same weights."""
+    assert losses(project, other) == pytest.approx(losses(project, one), abs=LOSS)
+    assert losses(project, other, "eval")[-1] == pytest.approx(losses(project, one, "eval")[-1], abs=LOSS)
     first, second = (weights(project.root / name / "final") for name in (one, other))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -125,9 +125,9 @@ def assert_same_run(project: Project, one: str, other: str) -> None:
 
 
 def assert_equal_runs(project: Project, one: str, other: str) -> None:
-    """Bit by bit."""
-    for kind in ("train", "eval"):
-        assert losses(project, one, kind) == losses(project, other, kind)
+    """Bit by bit; the run that was stopped was evaluated once more."""
+    assert losses(project, one) == losses(project, other)
+    assert [losses(project, one, "eval")[k] for k in (0, -1)] == [losses(project, other, "eval")[k] for k in (0, -1)]
     for part, pattern in (("final", "model*"), ("checkpoints/step-000020", "optimizer-*")):
         files = sorted(path.name for path in (project.root / one / part).glob(f"{pattern}.safetensors"))
         assert files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from cadapter.models.loading import EMBEDDING, HEAD, LAYER_PREFIX, NORM_PREFIX, 
 from cadapter.models.saving import ModelWriter
 from cadapter.training.modes.base import trained_bytes
 
+_ROOT = re.compile(r"model\.(layers\.\d+\.)?")
+"""What stands before the names of modules within a block, and of those outside of all blocks."""
+
 
 class FullMode:
     """Full fine-tuning of a model.
@@ -23,7 +27,8 @@ class FullMode:
     Args:
         model: the model to train; when a run is resumed, the checkpoint's.
         layers: the decoder blocks that are trained; None: all, and what is outside of them.
-        targets: names of modules that are trained, whole names or their ends; None: every module.
+        targets: names of modules that are trained with all that is in them, and of tensors of fused experts; whole
+            names, or parts of them between dots. None: every module.
         companions: the directory whose tokenizer and generation config go along when the model is saved.
         dtype_name: "bfloat16" or "float32".
         gradient_dtype: in which gradients add up.
@@ -66,10 +71,10 @@ class FullMode:
         chosen = {target: [name for name in names if _is_within(name, target)] for target in self.targets}
         empty = [target for target, found in chosen.items() if not found]
         if empty:
-            modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in names})
+            there = dict.fromkeys(_ROOT.sub("", name).removesuffix(".weight").removesuffix(".bias") for name in names)
             raise UsageError(
                 f"target_modules = {self.targets}: nothing in the chosen layers is called {' or '.join(empty)}.\n"
-                f"There are: {', '.join(modules)}."
+                f"There are: {', '.join(there)}."
             )
         return {name for found in chosen.values() for name in found}
 
@@ -149,9 +154,8 @@ def _named(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 
 def _is_within(name: str, target: str) -> bool:
-    """Whether parameter ``name`` belongs to a module called ``target`` or ending so: "mlp" names all of an MLP."""
-    module = f".{name.rpartition('.')[0]}."
-    return f".{target}." in module
+    """Whether parameter ``name`` is called ``target`` or belongs to a module called so: "mlp" names all of an MLP."""
+    return f".{target}." in f".{name}."
 
 
 def _pipeline_layer(name: str, blocks: int) -> int:

@@ -1,0 +1,76 @@
+"""Writing whole or not at all, and cleaning up after a process that was killed in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cadapter.errors import UsageError
+from cadapter.files import new_directory, tidy, write_text
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out") as made:
+        (made / "file").write_text("old")
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "out", force=True) as made:
+        (made / "file").write_text("new")
+        raise RuntimeError
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "old"
+    with pytest.raises(UsageError, match="already exists"), new_directory(tmp_path / "out"):
+        pass
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cadapter import files
+target = Path(sys.argv[1]) / "out"
+if sys.argv[2] == "between the renames":
+    rename = Path.rename
+    def renamed(self, to):
+        if "partial" in self.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, to)
+    Path.rename = renamed
+with files.new_directory(target, force=True) as made:
+    (made / "file").write_text("new")
+    if sys.argv[2] == "while writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
+def test_what_a_killed_process_leaves_is_tidied(tmp_path: Path, moment: str) -> None:
+    with new_directory(tmp_path / "out") as made:
+        (made / "file").write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 2
+    told = tidy(tmp_path)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "old"
+    assert len(told) == (1 if moment == "while writing" else 2)
+    assert tidy(tmp_path) == []
+
+
+def test_only_leftovers_are_tidied(tmp_path: Path) -> None:
+    write_text(tmp_path / "text", "whole")
+    kept = [".hidden", ".out.partial-xyz", "out.partial-0123abcd", ".cache-0123abcd"]
+    for name in kept:
+        (tmp_path / name).write_text("")
+    (tmp_path / ".text.partial-0123abcd").write_text("half")
+    os.symlink(tmp_path / "text", tmp_path / ".link.partial-0123abcd")
+    assert len(tidy(tmp_path)) == 2
+    assert names(tmp_path) == sorted([*kept, "text"])
+    assert (tmp_path / "text").read_text() == "whole"
+    assert tidy(tmp_path / "missing") == []
