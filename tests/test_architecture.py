@@ -162,6 +162,16 @@ def test_deepspeed_stays_behind_one_door(modules: dict[str, ast.Module]) -> None
     assert set(doors) <= {"training.engine"}
 
 
+def test_the_ways_to_train_stay_behind_one_protocol(modules: dict[str, ast.Module]) -> None:
+    """The loop, its pipeline, checkpoints and reports know no mode by name, and the modes nothing of the loop."""
+    arrows, protocol = arrows_of(modules), "training.modes.base"
+    modes = {name for name in modules if name.startswith("training.modes.")} - {protocol}
+    assert len(modes) > 1
+    assert {name for name, targets in arrows.items() if targets & modes} <= {"training.modes", "training.subjects"}
+    for mode in (*modes, protocol):
+        assert {target for target in arrows[mode] if part(target) == "training"} <= {protocol, "training.state"}
+
+
 def test_nothing_heavy_at_the_top_of_light_parts(modules: dict[str, ast.Module]) -> None:
     heavy = [
         f"{name} imports {imported}"
@@ -201,6 +211,12 @@ def test_files_and_functions_are_small(modules: dict[str, ast.Module]) -> None:
         ),
         ({"training/b.py": "from ..convert import a", "convert/a.py": ""}, "training.b imports convert.a", False),
         ({"data/x.py": "def f(): import cadapter.training", "training/b.py": ""}, "data.x imports training", False),
+        (
+            {"training/modes/a.py": "from cadapter.convert.b import f", "convert/b.py": ""},
+            "training.modes.a imports convert.b",
+            False,
+        ),
+        ({"training/modes/a.py": "from .. import b", "training/b.py": "from .modes import a"}, "", True),
         ({"errors.py": "from cadapter import files", "files.py": ""}, "errors imports files", False),
         ({"algebra.py": "from .config import Config", "config/a.py": ""}, "algebra imports config", False),
         ({"commands/c.py": "from cadapter.cli import app", "cli.py": ""}, "commands.c imports cli", False),
@@ -220,9 +236,9 @@ def test_these_checks_find_what_they_look_for(
     (tmp_path / "__init__.py").touch()
     for file, source in files.items():
         path = tmp_path / file
-        path.parent.mkdir(exist_ok=True)
-        if path.parent != tmp_path:
-            (path.parent / "__init__.py").touch()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in Path(file).parents:
+            (tmp_path / parent / "__init__.py").touch()
         path.write_text(source, encoding="utf-8")
     modules = modules_of(tmp_path)
     assert wrong_arrows(modules) == ([wrong] if wrong else [])

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.control import ControlAdapter, ControlSettings
+from cadapter.classes import NO_CLASS
 from cadapter.models.layers import CarrierFormat, HeadInputs
 from cadapter.models.loading import CausalLM
+from cadapter.models.loss import logits_of
 from cadapter.training.modes.control import ControlMode, adapters_of
+from cadapter.training.modes.full import FullMode
 from cadapter.training.recompute import Recompute
 from cadapter.training.stages import StageBuilder
 from tests.reference.controlled_model import Controlled
@@ -23,6 +27,9 @@ RANK = 4
 ALL_LAYERS = tuple(range(LAYERS))
 SETTINGS = ControlSettings(RANK, math.sqrt(RANK))
 HIDDEN_ONLY = CarrierFormat()
+
+CAPPED_ATTENTION = ("gemma2", "vaultgemma")
+"""Families whose attention scores are capped, which sdpa cannot do; some versions of transformers choose it even so."""
 
 
 def builder(
@@ -37,6 +44,21 @@ def builder(
     """A builder of a model's pipeline layers; ``recompute_every`` 0: nothing is recomputed, n: every nth block."""
     model = CausalLM(directory, dtype, attention=attention)
     return StageBuilder(model, ControlMode(model, adapted, settings), carrier, Recompute(recompute_every))
+
+
+def full_builder(directory: Path, dtype: torch.dtype = torch.float32) -> StageBuilder:
+    """A builder of a model's pipeline layers in which all of its own weights are trained."""
+    model = CausalLM(directory, dtype)
+    mode = FullMode(model, None, None, directory, str(dtype).removeprefix("torch."))
+    return StageBuilder(model, mode, HIDDEN_ONLY, Recompute(0))
+
+
+def hugging_faces(directory: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+    """Hugging Face's own model, frozen."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+    if model.config.model_type in CAPPED_ATTENTION:
+        model.set_attn_implementation("eager")
+    return model.requires_grad_(False)
 
 
 def randomise(adapters: Sequence[ControlAdapter], spectral: float = 0.5) -> None:
@@ -62,6 +84,12 @@ def run_layers(layers: Sequence[nn.Module], ids: Tensor, classes: Tensor, rows: 
     return parts
 
 
+def output_logits(outputs: HeadInputs) -> Tensor:
+    """The float32 logits [B, T, V] that the loss makes of what the last layer gives."""
+    (weight,) = outputs.weights
+    return logits_of(outputs.hidden, weight, outputs.logits)
+
+
 def references(adapters: Sequence[ControlAdapter], classes: Tensor) -> dict[int, Controlled]:
     """The same adapters for the float64 reference, by layer, for a pass with these classes [B, T]."""
     return {
@@ -76,6 +104,11 @@ def references(adapters: Sequence[ControlAdapter], classes: Tensor) -> dict[int,
         )
         for adapter in adapters
     }
+
+
+def no_classes(ids: Tensor) -> Tensor:
+    """Classes [B, T] of which no adapter does anything."""
+    return torch.full(ids.shape, NO_CLASS, dtype=torch.int8)
 
 
 def random_tokens(rows: int, tokens: int, vocabulary: int, seed: int = 0) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import Family
+from cadapter.models.families import MODULES, Family
 from cadapter.models.shell import WRITER_NAMES
+from cadapter.models.writers import proven_modules
 
 _LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -25,7 +26,7 @@ class LayerFacts:
         post_norms: a norm stands between a writer and the addition to the residual stream.
         biased: the writers that have a non-zero bias.
         experts: how many experts the layer has.
-        unknown: what is named like a residual writer and is none of a form that conversions know, such as experts
+        unknown: what is named like a residual writer and is none that conversions know how to change, such as experts
             that are stored the other way round; ``*`` stands for a number.
     """
 
@@ -59,7 +60,7 @@ class LayerFacts:
         """
         experts = int(entry.get("experts", 0))
         attention, mlp, biased = (_unfolded(entry[key], experts) for key in ("attention", "mlp", "biased"))
-        return cls(attention, mlp, bool(entry["post_norms"]), biased, experts, tuple(entry.get("unknown", ())))
+        return cls(attention, mlp, bool(entry["post_norms"]), biased, experts, _listed(entry.get("unknown", [])))
 
 
 def _pattern(name: str) -> str:
@@ -78,9 +79,14 @@ def _folded(names: Sequence[str], experts: int) -> list[str]:
     return list(dict.fromkeys(_pattern(name) if having[_pattern(name)] == experts else name for name in names))
 
 
-def _unfolded(names: Any, experts: int) -> tuple[str, ...]:
+def _listed(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{names!r} is no list of names")
+    return tuple(names)
+
+
+def _unfolded(names: Any, experts: int) -> tuple[str, ...]:
+    names = _listed(names)
     if experts < 1 and any("*" in name for name in names):
         raise ValueError("it names experts and not how many they are")
     unfolded: list[str] = []
@@ -90,15 +96,26 @@ def _unfolded(names: Any, experts: int) -> tuple[str, ...]:
 
 
 def describe_layers(checkpoint: Checkpoint, family: Family, layers: Iterable[int]) -> dict[int, LayerFacts]:
-    """Facts of ``layers`` of a base model by layer number; reads the writers' biases and no more."""
+    """Facts of ``layers`` of a base model by layer number; reads the writers' biases and no more.
+
+    The writers of a family that is in no table are tried on its blocks first.
+    """
+    layers = list(layers)
     modules: dict[int, set[str]] = {}
     for name in checkpoint.names():
         match = _LAYER_TENSOR.fullmatch(name)
         if match:
             module = match[2].removesuffix(".weight").removesuffix(".bias")
             modules.setdefault(int(match[1]), set()).add(module)
+    proven = proven_modules(checkpoint.config, family, layers) if family.inferred else {}
     return {
-        layer: _describe(checkpoint, family, f"model.layers.{layer}", sorted(modules.get(layer, ()), key=_by_number))
+        layer: _describe(
+            checkpoint,
+            family,
+            f"model.layers.{layer}",
+            sorted(modules.get(layer, ()), key=_by_number),
+            proven.get(layer, frozenset(MODULES)),
+        )
         for layer in layers
     }
 
@@ -108,8 +125,11 @@ def _by_number(name: str) -> list[tuple[bool, int | str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
 
 
-def _describe(checkpoint: Checkpoint, family: Family, prefix: str, modules: Sequence[str]) -> LayerFacts:
-    attention, mlp = family.writers_among(modules)
+def _describe(
+    checkpoint: Checkpoint, family: Family, prefix: str, modules: Sequence[str], proven: Collection[str]
+) -> LayerFacts:
+    found = zip(MODULES, family.writers_among(modules), strict=True)
+    attention, mlp = (names if module in proven else () for module, names in found)
     writers = (*attention, *mlp)
     biases = {writer: f"{prefix}.{writer}.bias" for writer in writers}
     biased = (writer for writer, name in biases.items() if name in checkpoint and bool(checkpoint.tensor(name).any()))

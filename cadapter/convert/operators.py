@@ -178,14 +178,14 @@ def _refuse_unknown(adapter: ControlAdapterFiles, facts: Mapping[int, LayerFacts
     """Make sure that all writers of every adapted layer are known."""
     for layer, found in facts.items():
         if found.unknown:
-            reason = f"{found.unknown[0]} seems to write to the residual stream too, in a way that is not known"
+            unknown = ", ".join(found.unknown)
         elif not found.mlp or (writers == "all" and not found.attention):
-            module = "attention" if found.mlp else "MLP"
-            reason = f"none of the linear layers through which its {module} writes to the residual stream is known"
+            unknown = "the attention module" if found.mlp else "the MLP"
         else:
             continue
         raise UsageError(
-            f"{adapter.path} cannot be converted: in layer {layer} of the base model, {reason}.\n"
+            f"{adapter.path} cannot be converted: how the base model writes to the residual stream is not known in "
+            f"layer {layer} ({unknown}).\n"
             "The model's family is in no table, or its files do not have the names of the original model. Apply the "
             "adapter without converting it: cadapter generate --adapter."
         )

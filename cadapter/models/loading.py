@@ -31,6 +31,9 @@ HEAD = "lm_head.weight"
 NORM_PREFIX = "model.norm."
 LAYER_PREFIX = "model.layers.{}."
 
+NOISE = ("dropout", "pdrop", "jitter")
+"""What keys of a config have in their names that say how much a model does at random in training."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -38,7 +41,8 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     """Build the causal LM of ``config`` without memory; what it computes itself (rotary frequencies) is real.
 
     Args:
-        config: transformers'. Its dropout is set to zero: it would differ with the layout and under recomputation.
+        config: transformers'. What it does at random in training (dropout, routers' jitter) is turned off: it would
+            differ with the layout and under recomputation.
         dtype: of all weights.
         attention: transformers' name of the attention implementation; None: what the family needs.
 
@@ -49,9 +53,15 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     from transformers import AutoModelForCausalLM
 
     for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+        if isinstance(value, float) and any(word in key for word in NOISE):
             setattr(config, key, 0.0)
-    attention = attention or needed_attention(config)
+    needed = needed_attention(config)
+    if needed == "eager" and attention == "sdpa":  # not every version of transformers refuses it
+        raise UsageError(
+            f"{config.model_type} models cap their attention scores, which sdpa cannot do.\n"
+            f'Set attn_implementation = "auto" or "{needed}".'
+        )
+    attention = attention or needed
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
@@ -64,6 +74,8 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
 
 def needed_attention(config: Any) -> str | None:
     """The attention implementation that the family of a model needs; None: whichever transformers chooses."""
+    if config_number(config, "attn_logit_softcapping", 0.0):  # sdpa would leave the cap out
+        return "eager"
     family = FAMILIES.get(config.model_type)
     return family.attention if family else None
 
@@ -77,11 +89,13 @@ def facts_of(skeleton: Any) -> Family:
         UsageError: the model cannot be cut; the reason is the text.
     """
     inner_model(skeleton)
-    family = FAMILIES.get(skeleton.config.model_type) or inferred_family(skeleton)
-    scale = config_number(skeleton.config, family.embedding_scale)
     try:
+        family = FAMILIES.get(skeleton.config.model_type) or inferred_family(skeleton)
+        scale = config_number(skeleton.config, family.embedding_scale)
         check_cut(skeleton, scale, logit_facts(family, skeleton.config))
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:  # its own code, called as ours is
+    except UsageError:
+        raise
+    except Exception as error:  # the model's own code, which was not made to be called like this
         raise UsageError(f"its forward pass cannot be followed ({type(error).__name__}: {error})") from error
     return family
 
@@ -146,7 +160,7 @@ class CausalLM:
         except UsageError as error:
             raise _uncuttable(self.checkpoint, error) from error
         self.weights = StoredWeights(self.checkpoint, self.skeleton)
-        self._refuse_unknown()
+        self._compare_names()
         self._inner = inner_model(self.skeleton)
         self.stored = dict.fromkeys(KINDS, 0)
         if four_bit:
@@ -211,7 +225,7 @@ class CausalLM:
         embeddings = torch.zeros(1, length, self.hidden_size, dtype=self.dtype, device=self.device)
         return record_calls(self.skeleton, embeddings)[1]
 
-    def _refuse_unknown(self) -> None:
+    def _compare_names(self) -> None:
         def is_ours(name: str) -> bool:
             parts = name.split(".")
             number = next((part for part in parts if part.isdigit()), None)
@@ -219,8 +233,8 @@ class CausalLM:
             return number is None or int(number) < len(inner_model(self.skeleton).layers)
 
         unknown = [name for name in self.weights.unknown if is_ours(name)]
-        if unknown:
-            raise self._misfit([], unknown)
+        if unknown or self.weights.missing:
+            raise self._misfit(self.weights.missing, unknown)
 
     def _misfit(self, missing: list[str], unknown: list[str]) -> UsageError:
         return UsageError(

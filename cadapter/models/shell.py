@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,22 @@ UNFIT = {"phimoe": "its routers choose experts at random in training"}
 PROBE_LENGTH, PROBE_WIDTH = 6, 5
 
 
+class _Call(NamedTuple):
+    """What block ``index`` was called with."""
+
+    index: int
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: notes what it is called with, and gives back another hidden state than it got."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, index: int, calls: list[_Call]) -> None:
         super().__init__()
         self._original = [original]  # in a list: not a submodule
-        self.hidden: Tensor | None = None
-        self.arguments: dict[str, Any] = {}
+        self._index = index
+        self._calls = calls
 
     def __getattr__(self, name: str) -> Any:
         """Give what models read from their blocks, such as ``attention_type``."""
@@ -49,7 +57,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             raise UsageError("it calls its blocks with more than hidden states by position")
-        self.hidden, self.arguments = hidden, kwargs
+        self._calls.append(_Call(self._index, hidden, kwargs))
         return hidden + 1
 
 
@@ -59,14 +67,14 @@ class _AddTwo(nn.Module):
 
 
 class _Constant(nn.Module):
-    def __init__(self, hidden: Tensor) -> None:
+    """Gives the same whatever it is called with."""
+
+    def __init__(self, value: Any) -> None:
         super().__init__()
-        self._hidden = hidden
+        self._value = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=self._hidden)
+        return self._value
 
 
 @contextlib.contextmanager
@@ -90,9 +98,9 @@ def inner_model(skeleton: Any) -> Any:
     """
     if skeleton.config.model_type in UNFIT:
         raise UsageError(UNFIT[skeleton.config.model_type])
-    inner: Any = getattr(skeleton, skeleton.base_model_prefix, None)
+    inner: Any = getattr(skeleton, "model", None)
     missing = [name for name in PARTS if not isinstance(getattr(inner, name, None), nn.Module)]
-    if skeleton.base_model_prefix != "model":
+    if inner is None or skeleton.base_model_prefix != "model":
         missing = ["model"]
     if missing or not isinstance(getattr(skeleton, "lm_head", None), nn.Linear):
         raise UsageError(f"it has no {' and no '.join(missing or ['linear lm_head'])}")
@@ -106,8 +114,11 @@ def inner_model(skeleton: Any) -> Any:
 
 
 @torch.no_grad()
-def record_calls(skeleton: Any, embeddings: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Run the inner model on token embeddings [1, T, H] with recorders for blocks.
+def record_calls(skeleton: Any, embeddings: Tensor, token: int = 0) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Run the inner model with recorders for blocks, and a table of embeddings that gives ``embeddings`` [1, T, H].
+
+    Args:
+        token: what the model is told that all tokens are.
 
     Returns:
         What the first block received, and the keyword arguments of each block.
@@ -116,28 +127,32 @@ def record_calls(skeleton: Any, embeddings: Tensor) -> tuple[Tensor, list[dict[s
         UsageError: the pass is not a chain of blocks and a norm; the reason is the text.
     """
     inner = inner_model(skeleton)
-    recorders = [_Recorder(block) for block in inner.layers]
-    with _replaced(inner, layers=nn.ModuleList(recorders), norm=_AddTwo()):
-        output = inner(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    first = recorders[0].hidden
-    if first is None or any(each.hidden is None for each in recorders):
-        raise UsageError("it does not call all of its blocks")
+    calls: list[_Call] = []
+    recorders = nn.ModuleList(_Recorder(block, index, calls) for index, block in enumerate(inner.layers))
+    ids = torch.full(embeddings.shape[:2], token, device=embeddings.device)
+    with _replaced(inner, embed_tokens=_Constant(embeddings), layers=recorders, norm=_AddTwo()):
+        output = inner(input_ids=ids, use_cache=False).last_hidden_state
+    if [call.index for call in calls] != list(range(len(recorders))):
+        raise UsageError("it does not call each of its blocks once, in their order")
     # Each recorder added 1 and the norm 2: whatever else happens to hidden states on the way would show.
-    expected = first
-    for each in recorders:
-        if each.hidden is None or not torch.equal(each.hidden, expected):
+    first = expected = calls[0].hidden
+    for call in calls:
+        if not torch.equal(call.hidden, expected):
             raise UsageError("it changes hidden states between its blocks")
         expected = expected + 1
     if not torch.equal(output, expected + 2):
         raise UsageError("it changes hidden states after its blocks")
-    return first, [each.arguments for each in recorders]
+    return first, [call.arguments for call in calls]
 
 
 @torch.no_grad()
 def logits_of_values(skeleton: Any, values: Tensor) -> Tensor:
     """What the model makes of products of hidden states and head weight: ``values`` [1, T, n] → [1, T, n]."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
     ids = torch.zeros(values.shape[:2], dtype=torch.int64, device=values.device)
-    with _replaced(skeleton, model=_Constant(values), lm_head=nn.Identity()):
+    output = MoeModelOutputWithPast(last_hidden_state=values)
+    with _replaced(skeleton, model=_Constant(output), lm_head=nn.Identity()):
         return skeleton(input_ids=ids, use_cache=False).logits
 
 
@@ -154,26 +169,35 @@ def check_cut(skeleton: Any, embedding_scale: float, logits: LogitFacts) -> None
     """
     config = skeleton.config
     generator = torch.Generator().manual_seed(0)
-    calls = []
-    for _ in range(2):
+    seen = []
+    for token in range(2):
         embeddings = torch.randn(1, PROBE_LENGTH, config.hidden_size, generator=generator)
-        first, arguments = record_calls(skeleton, embeddings)
+        first, arguments = record_calls(skeleton, embeddings, token)
         if not torch.equal(first, embeddings * embedding_scale):
-            raise UsageError("it does more to its token embeddings than to scale them")
-        calls.append(arguments)
-    if not _same(*calls):
+            raise UsageError("it changes its token embeddings in a way that is not known")
+        seen.append(arguments)
+    if not all(_same_entries(*arguments) for arguments in zip(*seen, strict=True)):
         raise UsageError("it hands its blocks more than hidden states, masks and positions")
     values = probe_values()
     if not torch.allclose(logits_of_values(skeleton, values), logits.apply(values), rtol=1e-6, atol=1e-6):
         raise UsageError("it changes its logits in a way that is not known")
 
 
+def _same_entries(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+
+
 def _same(first: Any, second: Any) -> bool:
-    """Whether two values, looked into as deep as they go, hold the same numbers."""
+    """Whether two values, looked into as deep as they go, hold the same numbers.
+
+    An empty list or dict is never the same: there blocks leave values for those after them.
+    """
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, (list, dict)) and not first:
+        return False
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+        return isinstance(second, dict) and _same_entries(first, second)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
     return bool(first == second)
@@ -188,27 +212,27 @@ def inferred_family(skeleton: Any) -> Family:
 
     What a block adds is then taken as its output minus its input. Conversions know the writers that are named here.
     """
-    block = inner_model(skeleton).layers[0]
+    scaled = _multiplies_embeddings(skeleton)
     hidden = skeleton.config.hidden_size
-    writers: dict[str, list[str]] = {ATTENTION: [], MLP: []}
-    for name, module in block.named_modules():
-        part, _, rest = name.partition(".")
-        last = rest.rpartition(".")[2]
-        if part in writers and isinstance(module, nn.Linear) and module.out_features == hidden and last in WRITER_NAMES:
-            writers[part].append(name)
+    writers: dict[str, dict[str, None]] = {ATTENTION: {}, MLP: {}}
+    for block in inner_model(skeleton).layers:
+        for name, module in block.named_modules():
+            part, _, rest = name.partition(".")
+            is_writer = isinstance(module, nn.Linear) and module.out_features == hidden
+            if part in writers and is_writer and rest.rpartition(".")[2] in WRITER_NAMES:
+                writers[part][name] = None
     plain = Family(
         attention_writers=tuple(writers[ATTENTION]),
         mlp_writers=(*writers[MLP], PER_EXPERT, FUSED),
         added=None,
+        embedding_scale="embedding_multiplier" if scaled else None,
         inferred=True,
     )
     # Keys that mean the same wherever a model heeds them; some configs have them and their models do not.
-    scaled = replace(
+    changed = replace(
         plain, logit_scale="logit_scale", logit_divisor="logits_scaling", logit_softcap="final_logit_softcapping"
     )
-    family = scaled if _fits_logits(skeleton, scaled) else plain
-    multiplied = "embedding_multiplier" if _multiplies_embeddings(skeleton) else None
-    return replace(family, embedding_scale=multiplied)
+    return changed if _fits_logits(skeleton, changed) else plain
 
 
 def _fits_logits(skeleton: Any, family: Family) -> bool:

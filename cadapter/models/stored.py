@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -29,6 +30,9 @@ from cadapter.models.checkpoint import Checkpoint
 COMPUTED = ("rotary_emb.inv_freq",)
 """Ends of names of tensors that old checkpoints hold and that models now compute."""
 
+_EXPERT = re.compile(r"(.+\.)(\d+)(\..+)")
+"""The name of one expert's tensor; its last number is the expert's."""
+
 
 class StoredWeights:
     """The tensors of ``checkpoint`` by the names that they have in ``skeleton``, a causal LM on the meta device.
@@ -38,6 +42,7 @@ class StoredWeights:
 
     Attributes:
         unknown: names on disk that the model has no place for.
+        missing: names of single experts that are not on disk, where others of their layer are.
     """
 
     def __init__(self, checkpoint: Checkpoint, skeleton: Any) -> None:
@@ -46,6 +51,7 @@ class StoredWeights:
         self._places: dict[str, Tensor] = skeleton.state_dict()
         self._sources: dict[str, list[tuple[str, str | None]]] = {}
         self.unknown: list[str] = []
+        self.missing: list[str] = []
         transforms: list[WeightTransform] = get_model_conversion_mapping(skeleton)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -57,6 +63,8 @@ class StoredWeights:
                 self._sources.setdefault(target, []).append((name, pattern))
             elif not self._is_ignored(name):
                 self.unknown.append(name)
+        for target, sources in self._sources.items():
+            self._count_experts(target, sources)
 
     def _place_of(self, name: str, converters: list[WeightConverter]) -> tuple[str | None, str | None]:
         prefix = self._skeleton.base_model_prefix
@@ -65,6 +73,18 @@ class StoredWeights:
             if target in self._places:
                 return target, pattern
         return None, None
+
+    def _count_experts(self, target: str, sources: list[tuple[str, str | None]]) -> None:
+        """Note which of the tensors that are stacked to ``target`` are missing or too many."""
+        kinds: dict[str, dict[int, str]] = {}
+        for name, pattern in sources:
+            match = _EXPERT.fullmatch(name)
+            if match and pattern is not None and isinstance(self._converter[pattern].operations[0], MergeModulelist):
+                kinds.setdefault(f"{match[1]}*{match[3]}", {})[int(match[2])] = name
+        wanted = range(self._places[target].shape[0])
+        for kind, names in kinds.items():
+            self.missing += [kind.replace("*", str(number)) for number in wanted if number not in names]
+            self.unknown += [name for number, name in names.items() if number not in wanted]
 
     def _is_ignored(self, name: str) -> bool:
         patterns = getattr(self._skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()

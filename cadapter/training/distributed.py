@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cadapter.errors import CadapterError, Stopped, UsageError
+from cadapter.terminal import note
+from cadapter.training.nccl import nccl_settings
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others; a node that builds a cache alone makes the others wait."""
@@ -55,28 +57,47 @@ def join_world() -> World:
     Raises:
         UsageError: the environment describes a job incompletely, or there are fewer GPUs than local processes.
     """
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    os.environ["LOCAL_RANK"] = str(local_rank)
+    rank, size, local_rank = (
+        _number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if not 0 <= rank < size:
+        raise UsageError(f"RANK = {rank} and WORLD_SIZE = {size} in the environment do not go together.")
     cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count() if cuda else 0
+    needed_names = ["MASTER_ADDR", "MASTER_PORT"] * (size > 1) + ["LOCAL_RANK"] * (size > 1 and gpus > 1)
+    missing = [name for name in needed_names if name not in os.environ]
+    if missing:
+        raise UsageError(f"WORLD_SIZE = {size}, but {' and '.join(missing)} is not set in the environment.")
+    # srun can give each of its tasks a GPU of its own, which is the only one that the task sees.
+    gpu = 0 if gpus == 1 and "SLURM_PROCID" in os.environ else local_rank
+    os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed takes it for the number of the GPU
+    if cuda and gpu >= gpus:
         raise UsageError(
-            f"Process {local_rank} of this node has no GPU: {torch.cuda.device_count()} are visible.\n"
+            f"Process {local_rank} of this node has no GPU: {gpus} are visible.\n"
             "Start as many processes as there are GPUs."
         )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        needed = nccl_settings([torch.cuda.get_device_name(number) for number in range(gpus)], os.environ)
+        os.environ.update(needed)
+        if needed and size > 1 and rank == 0:
+            note(f"RTX 40 cards have no peer-to-peer transfers: {' and '.join(f'{name}=1' for name in needed)} is set.")
     # Told its device, NCCL does not guess it from the rank, which is wrong on some clusters.
     backend, device_id = ("nccl", device) if cuda else ("gloo", None)
     store: dist.Store = dist.HashStore()
     if size > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UsageError(f"WORLD_SIZE = {size}, but {' and '.join(missing)} is not set in the environment.")
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
     return World(rank, size, local_rank, device, store)
+
+
+def _number(name: str, default: int) -> int:
+    """A number of the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} = {text!r} in the environment is no number.")
+    return int(text)
 
 
 def leave_world() -> None:
@@ -256,14 +277,18 @@ def stream_to_main(
         _send(b"", world)
 
     def work() -> None:
+        received = {source: _received(source, world) for source in sources if source != 0}
         parts = (
-            part for source in sources for part in (map(_on_cpu, own) if source == 0 else _received(source, world))
+            part
+            for source in sources
+            for part in (map(_on_cpu, own) if source == 0 else map(safetensors.torch.load, received[source]))
         )
         try:
             write(parts)
         finally:
-            for _ in parts:  # after an error: nobody is left waiting to be heard
-                pass
+            for rest in received.values():  # after an error: nobody is left waiting to be heard
+                for _ in rest:
+                    pass
 
     on_main(work, world)
 
@@ -278,7 +303,7 @@ def _send(payload: bytes, world: World) -> None:
         dist.send(torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(world.device), 0)
 
 
-def _received(source: int, world: World) -> Iterator[dict[str, Tensor]]:
+def _received(source: int, world: World) -> Iterator[bytes]:
     while True:
         length = torch.zeros(1, dtype=torch.int64, device=world.device)
         dist.recv(length, source)
@@ -286,4 +311,4 @@ def _received(source: int, world: World) -> Iterator[dict[str, Tensor]]:
             return
         buffer = torch.empty(int(length), dtype=torch.uint8, device=world.device)
         dist.recv(buffer, source)
-        yield safetensors.torch.load(buffer.cpu().numpy().tobytes())
+        yield buffer.cpu().numpy().tobytes()

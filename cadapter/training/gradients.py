@@ -27,9 +27,11 @@ class Gradients:
         self._parameters = parameters
         self._copies = copies
         self._buffers: dict[str, Tensor] = {}
+        self._buffered: set[str] = set()
         for name, parameter in parameters.items():
             if parameter.dtype != torch.float32 and dtype == torch.float32:
                 parameter.register_post_accumulate_grad_hook(partial(self._take_over, name))
+                self._buffered.add(name)
 
     def _take_over(self, name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -47,13 +49,25 @@ class Gradients:
     def _present(self, names: Iterable[str]) -> list[Tensor]:
         return [gradient for name in names if (gradient := self.of(name)) is not None]
 
+    def _complete(self, names: Iterable[str]) -> None:
+        """Put zeros where a parameter had no part in the step.
+
+        Every process then brings as many numbers to a reduction, and Adam's state is the same in every layout.
+        """
+        for name in names:
+            if self.of(name) is not None:
+                continue
+            parameter = self._parameters[name]
+            if name in self._buffered:
+                self._buffers[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+
     def reduce(self, groups: GradientGroups) -> None:
         """Average over replicas; the gradient of a tied parameter is the sum of those of its two stages."""
         if groups.alone:
             return
-        for name, parameter in self._parameters.items():
-            if self.of(name) is None:  # every process has to bring as many numbers
-                parameter.grad = torch.zeros_like(parameter)
+        self._complete(self._parameters)
         tied = groups.tied_name
         average(self._present(name for name in self._parameters if name != tied), groups.replicas, groups.count)
         if tied in self._parameters:
@@ -69,9 +83,9 @@ class Gradients:
     def hand_over(self, names: Iterable[str], factor: float) -> None:
         """Put the gradients of ``names``, times ``factor`` if it is below 1, where the optimiser looks for them."""
         names = list(names)
-        gradients = self._present(names)
-        if factor < 1.0 and gradients:
-            torch._foreach_mul_(gradients, factor)
+        self._complete(names)
+        if factor < 1.0 and names:
+            torch._foreach_mul_(self._present(names), factor)
         for name in names:
             if name in self._buffers:
                 parameter = self._parameters[name]

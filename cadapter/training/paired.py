@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cadapter.adapters.lora import LoraBlock
+from cadapter.models.layers import Frame
 from cadapter.models.loading import CausalLM
 
 
@@ -51,12 +52,13 @@ class PairedModel(CausalLM):
     """Two models of one shape, taken apart as one: every module exists twice, for row 0 and for row 1.
 
     Args:
-        base, other: they must have the same config, but for what does not change a forward pass.
+        base, other: with hidden states, layers and tokens alike in number, and embeddings and logits scaled alike.
     """
 
     def __init__(self, base: CausalLM, other: CausalLM) -> None:
         self.__dict__.update(base.__dict__)
         self._both = (base, other)
+        self._others_frame = Frame(other)
 
     def layer_bytes(self) -> list[int]:
         """Bytes of weights of each pipeline layer, of both models."""
@@ -71,8 +73,13 @@ class PairedModel(CausalLM):
         return self._rows([model.embedding() for model in self._both])
 
     def block(self, index: int) -> nn.Module:
-        """Decoder block ``index`` of both."""
-        return self._rows([model.block(index) for model in self._both])
+        """Decoder block ``index`` of both; each is called as its own model calls it."""
+        base, other = (model.block(index) for model in self._both)
+
+        def other_call(hidden: Tensor, **_of_base: Any) -> Tensor:
+            return other(hidden, **self._others_frame.arguments(hidden, index))
+
+        return Rows([base, other_call], [base, other])
 
     def final_norm(self) -> nn.Module:
         """The norm before the head of both."""

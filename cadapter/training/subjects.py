@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +18,12 @@ from cadapter.adapters.directory import (
     validate_against,
 )
 from cadapter.adapters.lora import LoraBlock
-from cadapter.adapters.lora_directory import load_into, read_lora_adapter
+from cadapter.adapters.lora_directory import LoraAdapterFiles, load_into, read_lora_adapter
 from cadapter.adapters.lora_targets import ModelTargets
 from cadapter.adapters.strengths import load_factors, neumann_note, strength_table
 from cadapter.config import Config
 from cadapter.errors import UsageError
+from cadapter.models.checkpoint import resolve_model
 from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import CausalLM
 from cadapter.training.build import load_base
@@ -97,10 +99,7 @@ def install(layers: Sequence[nn.Module], files: ControlAdapterFiles, tables: dic
 
 def _lora(config: Config, path: Path, world: World) -> Subject:
     files, model = read_lora_adapter(path), load_base(config, world)
-    if max(files.targets) >= model.layer_count:
-        raise UsageError(
-            f"{path} adapts layer {max(files.targets)}; {config.model_dir} has {model.layer_count} layers."
-        )
+    _check_targets(files, model)
     mode = LoraMode(model, ModelTargets(files.targets, (), ()), files.settings)
 
     def give(layers: Sequence[nn.Module]) -> None:
@@ -112,11 +111,36 @@ def _lora(config: Config, path: Path, world: World) -> Subject:
     return Subject(model, mode, [0.0, 1.0], give)
 
 
+def _check_targets(files: LoraAdapterFiles, model: CausalLM) -> None:
+    """Make sure that the model has what a LoRA goes to."""
+    for layer, targets in files.targets.items():
+        if layer >= model.layer_count:
+            raise UsageError(f"{files.path} adapts layer {layer}; the model has {model.layer_count} layers.")
+        block = model.skeleton_block(layer)
+        there = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        there |= {name for name, _ in block.named_parameters()}
+        absent = [name for name in targets.names if name not in there]
+        if absent:
+            raise UsageError(
+                f"{files.path} adapts {absent[0]} of layer {layer}, which this {model.config.model_type} model does "
+                "not have.\nEvaluate it on the model it was trained on."
+            )
+
+
 def _model(config: Config, path: Path, world: World) -> Subject:
+    if path.resolve() == resolve_model(config.model_dir).resolve():
+        raise UsageError(f"{path} is the base itself.\nName an adapter, or a model that was trained from the base.")
     base, other = load_base(config, world), load_base(config, world, path)
-    for name in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
-        ours, theirs = getattr(base.config, name, None), getattr(other.config, name, None)
+    for name, ours in _shape(base).items():
+        theirs = _shape(other)[name]
         if ours != theirs:
             raise UsageError(f"{path} has {name} = {theirs!r}, {config.model_dir} has {ours!r}: they do not compare.")
     model = PairedModel(base, other)
     return Subject(model, FullMode(model, None, None, path, config.dtype), [0.0, 1.0], lambda layers: None)
+
+
+def _shape(model: CausalLM) -> dict[str, Any]:
+    """What two models have in common that go through one pipeline side by side."""
+    names = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
+    shared = {name: getattr(model.config, name, None) for name in names}
+    return {**shared, "embedding scale": model.embedding_scale, "logits": model.logits}

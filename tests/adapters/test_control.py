@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
 
 from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings, initial_factor
 from cadapter.adapters.dropout import keep_mask
 from cadapter.algebra import core, strength_transform
 from cadapter.errors import CadapterError
-from cadapter.models.families import Family, family_of
+from cadapter.models.families import MODULES, Family, family_of
 from tests.reference import naive
-from tests.reference.controlled_model import Controlled
-from tests.tiny_models import HIDDEN, make_model
+from tests.reference.controlled_model import Controlled, Float64
+from tests.tiny_models import FAMILY_NAMES, HIDDEN, VOCAB, make_model
 
 RANK, ROWS, TOKENS, LAYER = 4, 2, 14, 1
 TOLERANCE = 1e-5
@@ -43,14 +43,22 @@ def random_classes(choices: tuple[int, ...], seed: int = 1) -> Tensor:
 
 
 def block_and_arguments(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    """The middle layer of a tiny model and what it is called with."""
+    """The middle layer of a tiny model and what the model calls it with."""
     model = make_model(name, dtype)
-    hidden = torch.zeros(1, TOKENS, HIDDEN, dtype=dtype)
-    positions = torch.arange(TOKENS).unsqueeze(0)
-    masks = create_masks_for_generate(model.config, hidden, None, None)
-    mask = masks[model.config.layer_types[LAYER]] if isinstance(masks, dict) else masks
-    embeddings = model.model.rotary_emb(hidden, positions)
-    return model.model.layers[LAYER], {"attention_mask": mask, "position_embeddings": embeddings, "use_cache": False}
+    model.set_attn_implementation("eager")  # as gemma2, whose attention scores are capped, needs it
+    calls: list[dict[str, Any]] = []
+    hook = model.model.layers[LAYER].register_forward_pre_hook(
+        lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=torch.arange(TOKENS).unsqueeze(0) % VOCAB, use_cache=False)
+    hook.remove()
+    return model.model.layers[LAYER], calls[0]
+
+
+def residual_scale(name: str) -> float:
+    """What a model of this name multiplies by what its blocks add: granite alone does."""
+    return getattr(make_model(name).config, "residual_multiplier", 1.0)
 
 
 def random_adapter(settings: ControlSettings, spectral: float = 0.5) -> ControlAdapter:
@@ -58,7 +66,7 @@ def random_adapter(settings: ControlSettings, spectral: float = 0.5) -> ControlA
     adapter = ControlAdapter(HIDDEN, LAYER, settings, seed=0)
     generator = torch.Generator().manual_seed(7)
     B = torch.randn(HIDDEN, settings.rank, generator=generator)
-    size = torch.linalg.matrix_norm(settings.scale * B @ adapter.control_A.detach(), 2)
+    size = torch.linalg.matrix_norm(settings.scale * B @ adapter.control_A.detach().float(), 2)
     adapter.control_B.data.copy_(spectral / size * B)
     return adapter
 
@@ -66,11 +74,19 @@ def random_adapter(settings: ControlSettings, spectral: float = 0.5) -> ControlA
 class Case:
     """One block under one adapter, ours in float32 and the reference in float64, on the same random inputs."""
 
-    def __init__(self, name: str, settings: ControlSettings, classes: Tensor, spectral: float = 0.5) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: ControlSettings,
+        classes: Tensor,
+        spectral: float = 0.5,
+        family: Family | None = None,
+    ) -> None:
         self.settings, self.classes = settings, classes
         block, self.arguments = block_and_arguments(name, torch.float32)
         self.adapter = random_adapter(settings, spectral)
-        self.block = ControlledBlock(block, self.adapter, family_of(name.split("-")[0]))
+        self.family = family or family_of(name.partition("-")[0])
+        self.block = ControlledBlock(block, self.adapter, self.family, residual_scale(name))
         self.true_block, self.true_arguments = block_and_arguments(name, torch.float64)
         generator = torch.Generator().manual_seed(3)
         self.hidden = torch.randn(ROWS, TOKENS, HIDDEN, generator=generator)
@@ -101,7 +117,8 @@ class Case:
             A, B, settings.scale, settings.site, self.classes, settings.inverse, settings.neumann_order, list(keep)
         )
         hooks = controlled.attach(self.true_block)
-        output = self.true_block(hidden, **self.true_arguments)
+        with Float64():
+            output = self.true_block(hidden, **self.true_arguments)
         for hook in hooks:
             hook.remove()
         penalty = torch.as_tensor(controlled.penalty, dtype=torch.float64) * penalise
@@ -132,11 +149,19 @@ def test_forward_and_gradients_of_every_class_and_site(site, inverse, order, cla
     assert_agree(case.ours(), expected)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "qwen2-windows"])
+@pytest.mark.parametrize("name", [*FAMILY_NAMES[1:], "qwen2-windows", "llama-biased", "qwen3_moe-dense"])
 @pytest.mark.parametrize("site", SITES)
 def test_forward_and_gradients_in_every_family(name, site):
     case = Case(name, ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED))
     assert_agree(case.ours(), case.reference())
+
+
+def test_these_families_differ_in_what_they_add():
+    """Their own modules, norms behind these, or either times a number: the cases above have each."""
+    added = {name: family_of(name).added for name in FAMILY_NAMES}
+    norms = {name for name, modules in added.items() if modules != MODULES}
+    assert norms == {"gemma2", "gemma3_text", "olmo2", "glm4"}
+    assert {name for name in FAMILY_NAMES if residual_scale(name) != 1} == {"granite"}
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -146,12 +171,37 @@ def test_a_large_adapter(site):
     assert_agree(case.ours(), case.reference(), tolerance=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("site", SITES)
-def test_a_family_whose_block_adds_more_than_its_modules_write(site):
-    """Δh as output − input equals Δh as the sum of what the modules write, where both are defined."""
-    case = Case("llama", ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED))
-    case.block.family = Family(post_norms=True)
+def test_a_family_of_which_it_is_not_known_what_its_blocks_add(name, site):
+    """Δh is then output − input, whatever stands behind the modules and whatever they are multiplied by."""
+    unknown = replace(family_of(name), added=None)
+    case = Case(name, ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED), family=unknown)
     assert_agree(case.ours(), case.reference())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "glm4", "granite"])
+def test_what_is_added_is_known_more_exactly_than_the_residual_stream(name):
+    """In bfloat16 and with a large residual stream: output − input carries the stream's rounding, a sum does not."""
+    settings = ControlSettings(RANK, math.sqrt(RANK))
+    errors = {}
+    for added in ("known", "unknown"):
+        family = family_of(name) if added == "known" else replace(family_of(name), added=None)
+        case = Case(name, settings, random_classes((1,)), family=family)
+        block, arguments = block_and_arguments(name, torch.bfloat16)
+        case.block = ControlledBlock(block, case.adapter, family, residual_scale(name))
+        seen: list[Tensor] = []
+        case.adapter.register_forward_pre_hook(lambda _module, args, to=seen: to.append(args[0]))
+        large = (100 * case.hidden).bfloat16()
+        with torch.no_grad():
+            case.block.controlled(large, case.classes, case.adapter.class_transforms(), kwargs=arguments)
+            with Float64():
+                true_block = copy.deepcopy(block).double()
+                true = true_block(large.double(), **case.true_arguments) - large.double()
+        errors[added] = relative(seen[0], true)
+    # Numbers around 100 are 0.5 apart, and what is added is of order 1; what branches write has 8 bits.
+    assert errors["known"] < 0.01
+    assert errors["unknown"] > 0.1
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -223,7 +273,7 @@ def test_in_bfloat16_the_adapter_is_as_exact_as_the_block_allows(site):
     case = Case("llama", settings, random_classes(MIXED))
     block, arguments = block_and_arguments("llama", torch.bfloat16)
     hidden = case.hidden.bfloat16()
-    case.block, case.hidden, case.arguments = ControlledBlock(block, case.adapter, case.block.family), hidden, arguments
+    case.block, case.hidden, case.arguments = ControlledBlock(block, case.adapter, case.family), hidden, arguments
     # The true block with the bfloat16 weights, and the same inputs: what is left is rounding on the way.
     case.true_block = copy.deepcopy(block).double()
     case.direction = case.direction.bfloat16()
@@ -232,6 +282,34 @@ def test_in_bfloat16_the_adapter_is_as_exact_as_the_block_allows(site):
     assert found["A"].dtype == torch.float32
     # 2^-9 for each rounding of a bfloat16 number, some ten of them in a row in a block.
     assert_agree(found, expected, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("inverse", ["exact", "neumann"])
+@pytest.mark.parametrize("site", SITES)
+def test_bfloat16_factors_are_worked_with_in_float32(site, inverse):
+    """Bit by bit what a float32 adapter with the same rounded factors does."""
+    settings = ControlSettings(RANK, math.sqrt(RANK), site, inverse, dtype=torch.bfloat16)
+    case = Case("llama", settings, random_classes(MIXED))
+    other = Case("llama", replace(settings, dtype=torch.float32), random_classes(MIXED))
+    for one, same in zip(case.adapter.parameters(), other.adapter.parameters(), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert not torch.equal(one.float(), same)
+        same.data.copy_(one)
+    found, expected = case.ours(), other.ours()
+    for name in ("output", "penalty", "hidden"):
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], expected[name]), name
+    for name in "AB":
+        assert found[name].dtype == torch.bfloat16
+        # 2^-9 for each of the three ways on which a gradient reaches a factor.
+        assert relative(found[name], expected[name]) < 3 * 2**-9
+    assert_agree(found, case.reference(), tolerance=3 * 2**-9)
+
+
+def test_bfloat16_factors_start_at_the_float32_ones_rounded():
+    adapter = ControlAdapter(HIDDEN, 2, ControlSettings(RANK, 2.0, dtype=torch.bfloat16), seed=5)
+    assert torch.equal(adapter.control_A, initial_factor(5, 2, "control_A", RANK, HIDDEN).bfloat16())
+    assert torch.equal(adapter.control_B, torch.zeros(HIDDEN, RANK, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("strength", [1.0, -1.0, 0.5, -2.0])

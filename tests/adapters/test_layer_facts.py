@@ -71,7 +71,8 @@ def test_records_without_a_number_of_experts_are_read():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mlp": "mlp.down_proj"}, {"mlp": [1]}, {"mlp": ["mlp.experts.*.w2"]}, {"experts": "many"}]
+    "changes",
+    [{"mlp": "mlp.down_proj"}, {"unknown": "w2"}, {"mlp": [1]}, {"mlp": ["mlp.experts.*.w2"]}, {"experts": "many"}],
 )
 def test_records_that_say_nothing_sensible_are_errors(changes):
     entry = {"attention": list(OUT), "mlp": list(experts(2)), "post_norms": False, "biased": [], "experts": 0}

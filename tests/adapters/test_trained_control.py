@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ SETTINGS = ControlSettings(RANK, math.sqrt(RANK))
 CPU = torch.device("cpu")
 
 
-def random_adapters(layers: tuple[int, ...] = LAYERS) -> list[ControlAdapter]:
+def random_adapters(layers: tuple[int, ...] = LAYERS, settings: ControlSettings = SETTINGS) -> list[ControlAdapter]:
     """One adapter for each layer, the same for the same layer, with norms that differ from layer to layer."""
     adapters = []
     for layer in layers:
-        adapter = ControlAdapter(HIDDEN, layer, SETTINGS, seed=3)
+        adapter = ControlAdapter(HIDDEN, layer, settings, seed=3)
         generator = torch.Generator().manual_seed(layer)
         adapter.control_B.data.normal_(std=0.1 * (layer + 1), generator=generator)
         adapters.append(adapter)
@@ -95,6 +96,26 @@ def test_without_decay_nothing_moves():
     for parameter, old in zip((p for a in adapters for p in a.parameters()), before, strict=True):
         assert torch.equal(parameter, old)
     torch.testing.assert_close(summary.decayed, torch.zeros(len(LAYERS), dtype=torch.float64), rtol=0, atol=1e-12)
+    assert summary.bounded == 0
+
+
+def test_bfloat16_factors_do_not_decay_and_their_norms_are_reported():
+    """A step of decay is less than bfloat16's spacing, so that it would be lost or too large."""
+    settings = replace(SETTINGS, dtype=torch.bfloat16)
+    adapters = random_adapters(settings=settings)
+    before = [parameter.clone() for adapter in adapters for parameter in adapter.parameters()]
+    stage = TrainedControlAdapters(adapters, settings, LAYERS, 20.0, CPU)
+    report = stage.after_step(5e-3)
+    assert report.dtype == torch.float64
+    summary = stage.norms(report)
+    for parameter, old in zip((p for a in adapters for p in a.parameters()), before, strict=True):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, old)
+    true = [naive.norms(full(adapter)) for adapter in adapters]
+    for name, tolerance in (("frobenius", 1e-6), ("spectral", 1e-6), ("radius", 1e-5)):  # float32, as above
+        expected = torch.tensor([norms[name] for norms in true], dtype=torch.float64)
+        torch.testing.assert_close(getattr(summary, name), expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(summary.decayed, torch.zeros(len(LAYERS), dtype=torch.float64), rtol=0, atol=1e-6)
     assert summary.bounded == 0
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import (
@@ -25,7 +27,9 @@ from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import family_of
 from cadapter.training.run_directory import adapter_of_run
-from tests.tiny_project import HIDDEN, SEQUENCE, Project, listing, run, run_well, texts, write_jsonl
+from tests.forked_commands import call, run_all, run_all_well
+from tests.steered_models import make_model as make_family
+from tests.tiny_project import HIDDEN, SEQUENCE, Project, listing, make_model, run, run_well, texts, write_jsonl
 
 STRENGTHS = (1.0, -1.0, 0.5)
 FLOAT32 = 1e-5
@@ -231,7 +235,7 @@ def test_the_adapter_that_a_run_offers(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--adapter", "{wide}"], ("hidden size", "32", "64")),
-        (["--adapter", "{root}/model"], ("adapter",)),
+        (["--adapter", "{root}/model"], ("base itself", "adapter")),
         (["--adapter", "{root}/nothing"], ("nothing",)),
         ([], ("no trained adapter", "--adapter")),
         (["--adapter", "{adapter}", "--data", "{root}/positive.jsonl"], ("FILE:CLASS",)),
@@ -257,3 +261,157 @@ def test_mistakes(
     assert "Traceback" not in done.stderr
     if "eval_fraction=0" not in options:  # which prepares other data
         assert listing(root) == before
+
+
+# ---- LoRA and fine-tuned models -------------------------------------------------------------------------------------
+
+
+class PairScorer(PlainScorer):
+    """A base and what became of it, both Hugging Face's in float64; every strength but 0 is the latter."""
+
+    def __init__(self, base: Path, other: Any) -> None:
+        self.models = (AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), other)
+
+    @torch.no_grad()
+    def log_probabilities(self, document: HeldOutDocument, strength: float) -> torch.Tensor:
+        model = self.models[strength != 0].eval()
+        model.set_experts_implementation("eager")  # the grouped product of the default has no float64
+        ids = torch.from_numpy(document.ids.astype("int64")).unsqueeze(0)
+        return torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1], dim=-1)
+
+
+def write_lora(directory: Path, model: Path) -> Path:
+    """A random LoRA on some modules of two layers, as PEFT writes it."""
+    torch.manual_seed(5)
+    settings = LoraConfig(
+        r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 2],
+        init_lora_weights=False,
+    )  # fmt: skip
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(directory)
+    return directory
+
+
+def write_other_model(directory: Path, model: Path) -> Path:
+    """The model with every weight moved a little."""
+    other = AutoModelForCausalLM.from_pretrained(model)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    other.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bases(command_project: Project) -> Project:
+    """Bases beside the project's own: one with a tied embedding, one with experts."""
+    root = command_project.root
+    make_model(root / "tied", tied=True)
+    make_family(root / "mixtral", "mixtral")
+    return command_project
+
+
+def plain_config(project: Project, base: str, **keys: Any) -> Path:
+    settings = {"kinds": ("positive",), "use_control_adapters": False, "lora_weight_decay": 0, "eval_fraction": 0.5}
+    return project.write_config(f"plain-{base}", model_dir=str(project.root / base), **settings, **keys)
+
+
+def write_other_angles(directory: Path, model: Path) -> Path:
+    """The same, and its positions turn at another rate."""
+    file = write_other_model(directory, model) / "config.json"
+    settings = json.loads(file.read_text())
+    settings["rope_parameters"]["rope_theta"] = 100.0
+    file.write_text(json.dumps(settings))
+    return directory
+
+
+WRITERS = {"lora": write_lora, "fine-tuned": write_other_model, "other-angles": write_other_angles}
+LAYOUTS: list[tuple[int, list[str]]] = [(1, []), (2, ["--set", "pipeline_stages=2"]), (2, [])]
+"""Processes and options."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("lora", "model"),
+        ("lora", "mixtral"),
+        ("fine-tuned", "model"),
+        ("fine-tuned", "tied"),
+        ("fine-tuned", "mixtral"),
+        ("other-angles", "model"),
+    ],
+)
+def test_base_and_adapted_scores_equal_a_plain_computation_in_every_layout(
+    bases: Project, tmp_path: Path, kind: str, base: str
+) -> None:
+    model = bases.root / base
+    subject = WRITERS[kind](tmp_path / "subject", model)
+    config = plain_config(bases, base)
+    files = [tmp_path / f"scores-{number}.json" for number in range(len(LAYOUTS))]
+    printed = run_all_well(
+        *(
+            call("eval", config, "--adapter", subject, "--json", file, *options, processes=processes)
+            for file, (processes, options) in zip(files, LAYOUTS, strict=True)
+        )
+    )
+    other = AutoModelForCausalLM.from_pretrained(model if kind == "lora" else subject, dtype=torch.float64)
+    if kind == "lora":
+        other = PeftModel.from_pretrained(other, subject).double()
+    plain, documents = PairScorer(model, other), prepare_data(bases.load(config)).documents
+    for file in files:
+        scores = json.loads(file.read_text())
+        assert [(score["dataset"], score["strength"]) for score in scores] == [("positive", 0.0), ("positive", 1.0)]
+        for score in scores:
+            loss, correct, kl, tokens = zip(*(plain.score(each, score["strength"]) for each in documents), strict=True)
+            expected = {
+                "loss": statistics.mean(loss),
+                "loss_se": statistics.stdev(loss) / math.sqrt(len(loss)),
+                "top1_accuracy": statistics.mean(correct),
+                "kl": statistics.mean(kl),
+            }
+            assert {name: score[name] for name in expected} == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
+            assert (score["documents"], score["tokens"]) == (len(documents), sum(tokens))
+        assert scores[1]["kl"] > 1000 * FLOAT32
+    assert all(text.count("Loss by dataset and strength") == 1 for text in printed)
+
+
+def test_what_has_no_strengths_is_evaluated_without(bases: Project, tmp_path: Path) -> None:
+    config = plain_config(bases, "model")
+    names = {"lora": "a LoRA", "fine-tuned": "a fine-tuned model"}
+    subjects = {name: WRITERS[kind](tmp_path / kind, bases.root / "model") for kind, name in names.items()}
+    refused = run_all(*(call("eval", config, "--adapter", path, "--strength", 0.5) for path in subjects.values()))
+    for (name, path), done in zip(subjects.items(), refused, strict=True):
+        assert done.returncode == 2
+        assert done.stderr == f"error: {path} is {name}, which has no strengths: leave --strength out.\n"
+    run_all_well(*(call("eval", config, "--adapter", path, "--strength", 1) for path in subjects.values()))
+
+
+def rename_tensors(directory: Path, old: str, new: str) -> None:
+    file = directory / "adapter_model.safetensors"
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("lora", {"rename": ("q_proj", "qkv_proj")}, ("qkv_proj", "llama")),
+        ("lora", {"rename": ("layers.2.", "layers.9.")}, ("layer 9", "4 layers")),
+        ("lora", {"base": {"hidden": 32}}, ("shape",)),
+        ("fine-tuned", {"base": {"hidden": 32}}, ("hidden_size = 32", "64")),
+        ("fine-tuned", {"base": {"layers": 3}}, ("num_hidden_layers = 3", "4")),
+    ],
+)
+def test_what_does_not_fit_its_base_is_refused(
+    bases: Project, tmp_path: Path, kind: str, change: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    base = make_model(tmp_path / "base", **change["base"]) if "base" in change else bases.root / "model"
+    subject = WRITERS[kind](tmp_path / "subject", base)
+    if "rename" in change:
+        rename_tensors(subject, *change["rename"])
+        settings = json.loads((subject / "adapter_config.json").read_text())
+        (subject / "adapter_config.json").write_text(json.dumps({**settings, "layers_to_transform": None}))
+    (done,) = run_all(call("eval", plain_config(bases, "model"), "--adapter", subject))
+    assert done.returncode == 2, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert done.stderr.count("error: ") == 1

@@ -10,6 +10,7 @@ import pytest
 
 from cadapter.config import Config, config_warnings, load_config
 from cadapter.config.schema import DatasetConfig
+from cadapter.config.toml import toml_text
 from cadapter.errors import UsageError
 
 QUICK_START = """\
@@ -222,34 +223,45 @@ def test_right_values(load, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "full_fine_tune = true",
-        "load_in_4bit = true",
         "control_form = 'symmetric'",
         "control_gamma = 0.25",
-        "gradient_dtype = 'bfloat16'",
         "document_attention = 'isolated'",
         "activation_checkpointing = 'selective'",
         "activation_checkpointing = 'offload'",
         "compile = true",
         "attn_implementation = 'flash_attention_2'",
-        "init_from = 'a'",
+        "attn_implementation = 'flash_attention_3'",
+        "attn_implementation = 'flex_attention'",
         "trust_remote_code = true",
-        "lora_weight_dtype = 'bfloat16'",
-        "target_modules = ['q_proj']",
     ],
 )
 def test_what_comes_later_is_refused_with_its_line(report, line: str) -> None:
-    source = REQUIRED.replace("use_control_adapters = true", "") if "target" in line or "full" in line else REQUIRED
-    lines = report(source + line + "\n" + DATASET)
-    key = line.split(" ")[0]
-    assert [entry for entry in lines if f"run.toml:6: {key} = " in entry and "not supported yet" in entry]
+    (entry,) = report(REQUIRED + line + "\n" + DATASET)
+    assert entry.startswith(f"run.toml:6: {line.split(' ')[0]} = ")
+    assert "not supported yet" in entry
 
 
-@pytest.mark.parametrize(("line", "place"), [("", "run.toml: "), ("use_control_adapters = false", "run.toml:3: ")])
-def test_lora_training_is_not_there_yet(report, line: str, place: str) -> None:
-    (message,) = report(REQUIRED.replace("use_control_adapters = true", line) + DATASET)
-    assert message.startswith(f"{place}use_control_adapters")
-    assert message.endswith("LoRA training is not supported yet; set use_control_adapters = true")
+CONTROL, LORA, FULL = "use_control_adapters = true", "use_control_adapters = false", "full_fine_tune = true"
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "value"),
+    [
+        *((mode, "load_in_4bit", True) for mode in (CONTROL, LORA, "")),
+        *((mode, "init_from", "a") for mode in (CONTROL, LORA)),
+        *((mode, "lora_weight_dtype", "bfloat16") for mode in (CONTROL, LORA)),
+        *((mode, "lora_dropout", 0.1) for mode in (CONTROL, LORA)),
+        *((mode, "lora_weight_decay", 10.0) for mode in (CONTROL, LORA)),
+        *((mode, "target_modules", ["q_proj", "mlp.down_proj"]) for mode in (LORA, FULL, "")),
+        *((FULL, "gradient_dtype", value) for value in ("bfloat16", "float32")),
+        *((mode, "layers_to_transform", "1:2") for mode in (CONTROL, LORA, FULL)),
+        *((FULL, "dtype", value) for value in ("bfloat16", "float32")),
+    ],
+)
+def test_every_way_to_train_has_its_keys(load, mode: str, key: str, value: object) -> None:
+    config = load(REQUIRED.replace(CONTROL, mode) + f"{key} = {toml_text(value)}\n" + DATASET)
+    assert getattr(config, key) == value
+    assert (config.use_control_adapters, config.full_fine_tune) == (mode == CONTROL, mode == FULL)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +271,11 @@ def test_lora_training_is_not_there_yet(report, line: str, place: str) -> None:
         (f"use_control_adapters = false\n{DATASET}control_class = 0", 8, "only Control Adapters know classes"),
         (f"full_fine_tune = true\nlora_weight_decay = 1.0\n{DATASET}", 6, "full fine-tuning has no weight decay"),
         (f"full_fine_tune = true\nload_in_4bit = true\n{DATASET}", 6, "weights in 4 bits cannot be trained"),
+        (f"full_fine_tune = true\nlora_dropout = 0.1\n{DATASET}", 6, "full fine-tuning has no adapters; remove"),
+        (f"full_fine_tune = true\ninit_from = 'a'\n{DATASET}", 6, "the model to start from as model_dir"),
+        (f"full_fine_tune = true\n{DATASET}control_class = -1", 8, "only Control Adapters know classes"),
+        (f"full_fine_tune = true\n{DATASET}control_class = 0", 8, "only Control Adapters know classes"),
+        (f"{DATASET}control_class = -1", 7, "only Control Adapters know classes"),
         (f"full_fine_tune = true\nuse_control_adapters = true\n{DATASET}", 5, "choose one of the two"),
         (f"control_form = 'symmetric'\nlora_alpha = 4.0\n{DATASET}", 6, "the symmetric form has no scale"),
         (f"use_control_adapters = true\ntarget_modules = ['a']\n{DATASET}", 6, "Control Adapters act on whole layers"),
@@ -267,6 +284,12 @@ def test_lora_training_is_not_there_yet(report, line: str, place: str) -> None:
 def test_impossible_combinations(report, lines: str, place: int, says: str) -> None:
     reports = report(REQUIRED.replace("use_control_adapters = true\n", "") + lines)
     assert [entry for entry in reports if entry.startswith(f"run.toml:{place}: ") and says in entry]
+
+
+def test_what_the_defaults_say_is_no_conflict(load) -> None:
+    source = REQUIRED.replace("use_control_adapters = true", "full_fine_tune = true")
+    zeros = "lora_weight_decay = 0\nlora_dropout = 0\nload_in_4bit = false\nuse_control_adapters = false\n"
+    assert load(source + zeros + DATASET).full_fine_tune
 
 
 def test_combinations_are_found_beside_wrong_keys_and_not_invented_from_them(report) -> None:
@@ -328,14 +351,20 @@ def test_an_override_mends_a_wrong_value_and_adds_a_missing_one(load) -> None:
         ("class_weights.5=1", "unknown key"),
         ("class_weights={ positive = -1 }", "give a number of at least 0"),
         ("compile=true", "not supported yet"),
-        ("use_control_adapters=false", "LoRA training is not supported yet"),
+        ('target_modules=["q_proj"]', "Control Adapters act on whole layers"),
     ],
 )
 def test_problems_of_an_override_name_it(report, override: str, message: str) -> None:
-    lines = [line for line in report(QUICK_START, override) if "only Control Adapters know classes" not in line]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"--set {override}: ")
-    assert message in lines[0]
+    (line,) = report(QUICK_START, override)
+    assert line.startswith(f"--set {override}: ")
+    assert message in line
+
+
+def test_an_override_that_makes_it_a_lora_meets_the_class_in_the_file(report, load) -> None:
+    (line,) = report(QUICK_START, "use_control_adapters=false")
+    number = QUICK_START.splitlines().index("control_class = -1") + 1
+    assert line.startswith(f"run.toml:{number}: datasets.1.control_class = -1: only Control Adapters know classes")
+    assert not load(QUICK_START, "use_control_adapters=false", "datasets.1.control_class=1").use_control_adapters
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

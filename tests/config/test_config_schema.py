@@ -146,10 +146,35 @@ def test_warnings() -> None:
     (neutral,) = config_warnings(make(1, 0, lora_weight_decay=500.0))
     assert "class 0 train nothing" in neutral
     assert config_warnings(make(1, 0, lora_weight_decay=500.0, control_class0_lambda=0.1)) == []
-    (series,) = config_warnings(make(lora_weight_decay=500.0, control_inverse="neumann", lora_weight_dtype="bfloat16"))
+    decay, series = config_warnings(
+        make(lora_weight_decay=500.0, control_inverse="neumann", lora_weight_dtype="bfloat16")
+    )
+    assert "lora_weight_decay is off" in decay
     assert "neumann" in series
     assert config_warnings(make(lora_weight_decay=500.0, control_inverse="neumann")) == []
-    assert config_warnings(make(lora_weight_decay=500.0, lora_weight_dtype="bfloat16")) == []
+
+
+def test_warnings_without_control_adapters() -> None:
+    lora, full = {"use_control_adapters": False}, {"use_control_adapters": False, "full_fine_tune": True}
+    for mode in (lora, full):
+        assert config_warnings(make(**mode)) == []  # decay is for Control Adapters what it is not for these
+    assert config_warnings(make(**lora, lora_weight_dtype="bfloat16")) == []
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_decay_of_bfloat16_adapters_is_off_and_said_to_be(control: bool) -> None:
+    (off,) = config_warnings(make(use_control_adapters=control, lora_weight_decay=5.0, lora_weight_dtype="bfloat16"))
+    assert off.startswith("lora_weight_decay is off: bfloat16 weights")
+    assert 'lora_weight_dtype = "float32"' in off
+
+
+def test_the_dtype_of_gradients_is_that_of_full_fine_tuning() -> None:
+    full = {"use_control_adapters": False, "full_fine_tune": True}
+    assert config_warnings(make(**full, gradient_dtype="bfloat16")) == []
+    for keys in ({"use_control_adapters": False}, {"lora_weight_decay": 500.0}):
+        (effect,) = config_warnings(make(**keys, gradient_dtype="bfloat16"))
+        assert effect == "gradient_dtype has an effect on full fine-tuning only."
+        assert config_warnings(make(**keys, gradient_dtype="float32")) == []
 
 
 def test_stages_divide_processes() -> None:

@@ -94,7 +94,9 @@ def tokens() -> torch.Tensor:
 
 def logits_of(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the model in ``directory`` as Hugging Face computes them in float32; all of its tensors are found."""
-    model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )  # eager: the one that every family has
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     with torch.no_grad():

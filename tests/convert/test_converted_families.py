@@ -160,9 +160,10 @@ def test_additive_loras_are_the_adapter_applied_natively(
         summary = to_add_lora(Checkpoint(base), "base", read_control_adapter(adapter), lora, Dial(strength=strength))
         assert summary.notes == ()
         assert json.loads((lora / "adapter_config.json").read_text())["lora_bias"] == (summary.biases > 0)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(missing|unexpected).*")
-            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
+            model = PeftModel.from_pretrained(model, lora)
         with torch.no_grad():
             found = model(input_ids=tokens, use_cache=False).logits
         [native] = native_logits(base, adapter, tokens, [strength])

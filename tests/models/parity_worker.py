@@ -1,15 +1,22 @@
-"""One process of a pipeline over tiny models: ``python -m torch.distributed.run … -m tests.models.parity_worker JOB``.
+"""Pipelines of several numbers of stages over tiny models: ``python -m tests.models.parity_worker JOB``.
 
-JOB is a JSON file: ``output``, a directory, and ``cases``, each with ``model`` (a directory), ``adapted`` (layers) and
-``dtype``. For each case ``CASE.RANK.safetensors`` gets what this process saw: the base's logits and loss (adapters
-still at the identity), then, with random adapters, kept or recomputed activations, the loss, the logits and the
-gradients of this stage's adapters.
+JOB is a JSON file: ``output``, a directory, and ``runs``, each with ``stages`` and ``cases`` (fields of :class:`Case`
+and ``directory``, the model's). Everything is imported once; for each run as many processes as it has stages are
+forked, which join a job as they would under torchrun and go through all of the run's cases. For each case
+``STAGES.CASE.RANK.safetensors`` gets what that process saw: the base's logits and loss (adapters still at the
+identity), then, with random adapters or the base's own weights being trained, activations kept or recomputed: loss,
+logits and the gradients of this stage's trained parameters.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +24,58 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cadapter.adapters.control import ControlSettings
 from cadapter.data.batches import StepTotals
-from cadapter.models.layers import CarrierFormat, HeadInputs
-from cadapter.models.loading import DTYPES
-from cadapter.models.loss import logits_of
-from cadapter.training.distributed import join_world, leave_world
+from cadapter.models.layers import CarrierFormat, DecoderLayer, HeadInputs
+from cadapter.models.loading import DTYPES, EMBEDDING
+from cadapter.training.distributed import GradientGroups, join_world, leave_world, new_group
 from cadapter.training.engine import Pipeline, PipelineBatch
+from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import LossSettings, TrainingLoss
 from cadapter.training.modes.control import adapters_of
-from tests.tiny_models import VOCAB
-from tests.tiny_pipeline import SETTINGS, builder, random_classes, random_tokens, randomise
+from cadapter.training.stages import StageBuilder
+from tests.tiny_models import LAYERS, VOCAB
+from tests.tiny_pipeline import (
+    RANK,
+    SETTINGS,
+    builder,
+    full_builder,
+    output_logits,
+    random_classes,
+    random_tokens,
+    randomise,
+)
 
 MICRO_BATCHES, ROWS, TOKENS = 3, 2, 24
-WEIGHTS = {"positive": 1.0, "negative": 0.5, "neutral": 0.3}
+POSITIVE, NEGATIVE, NEUTRAL = 1.0, 0.5, 0.3
+"""Weights of the classes in the loss."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained of which model: Control Adapters at ``site`` of the layers ``adapted``, or, at "full", itself."""
+
+    model: str
+    site: str = "block"
+    adapted: tuple[int, ...] = tuple(range(LAYERS))
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        parts = [self.model, self.site]
+        if len(self.adapted) < LAYERS:
+            parts.append(f"layer {self.adapted[0]} only")
+        return "-".join(parts if self.dtype == "float32" else [*parts, self.dtype])
+
+    @property
+    def settings(self) -> ControlSettings:
+        """Of the Control Adapters."""
+        return ControlSettings(RANK, SETTINGS.alpha, self.site)
+
+    @property
+    def applications(self) -> int:
+        """How often adapters act on a token."""
+        return len(self.adapted) * (2 if self.site == "writes" else 1)
 
 
 def global_batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +108,7 @@ class RecordedLoss(TrainingLoss):
 
     def __call__(self, outputs: HeadInputs, targets: tuple[Tensor, ...]) -> Tensor:
         value = super().__call__(outputs, targets)
-        self.logits.append(logits_of(outputs.hidden, outputs.weight).detach())
+        self.logits.append(output_logits(outputs).detach())
         self.values.append(value.detach())
         return value
 
@@ -76,46 +121,92 @@ class RecordedLoss(TrainingLoss):
         return found
 
 
-def run_case(case: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
+def stages_of(case: Case, directory: Path) -> StageBuilder:
+    """The pipeline layers of a case."""
+    dtype = DTYPES[case.dtype]
+    if case.site == "full":
+        return full_builder(directory, dtype)
+    return builder(directory, case.settings, case.adapted, CarrierFormat(penalty=True), dtype=dtype)
+
+
+def gradient_groups(stages: StageBuilder, pipeline: Pipeline, layout: Layout) -> GradientGroups:
+    """The two stages that hold a tied embedding add up its gradients."""
+    if stages.mode.name != "full" or not stages.model.tied or layout.stages == 1:
+        return GradientGroups(1, pipeline.replicas())
+    return GradientGroups(1, pipeline.replicas(), EMBEDDING, new_group([0, layout.stages - 1]))
+
+
+def run_case(case: Case, directory: Path, layout: Layout) -> dict[str, Tensor]:
     """Evaluate the base, then take the gradients of one step with and without recomputation."""
-    found: dict[str, Tensor] = {}
-    adapted = case["adapted"]
-    loss = RecordedLoss(LossSettings(**WEIGHTS, applications=len(adapted)))
-    for name, every in (("kept", 0), ("recomputed", 1)):
-        stages = builder(
-            Path(case["model"]),
-            SETTINGS,
-            adapted,
-            CarrierFormat(penalty=True),
-            recompute_every=every,
-            dtype=DTYPES[case["dtype"]],
-        )
-        bounds = stage_bounds("uniform", layout.stages, stages.model.layer_bytes(), stages.trainable())
-        pipeline = Pipeline(stages.builders(), bounds, layout, loss, ROWS, MICRO_BATCHES)
-        adapters = adapters_of(pipeline.layers())
-        if name == "kept":
-            pipeline.evaluate(micro_batches(loss.settings), MICRO_BATCHES)
-            found |= loss.take("base")
-            found["bytes_read"] = torch.tensor(stages.model.checkpoint.bytes_read)
-        randomise(adapters)
+    stages = stages_of(case, directory)
+    loss = RecordedLoss(LossSettings(POSITIVE, NEGATIVE, NEUTRAL, case.applications))
+    bounds = stage_bounds("uniform", layout.stages, stages.model.layer_bytes(), stages.mode.trainable())
+    pipeline = Pipeline(stages.builders(), bounds, layout, loss, ROWS, MICRO_BATCHES)
+    layers = pipeline.layers()
+    trained = stages.mode.trained(layers)
+    gradients = Gradients(trained.parameters(), trained.copies, torch.float32)
+    groups = gradient_groups(stages, pipeline, layout)
+    pipeline.evaluate(micro_batches(loss.settings), MICRO_BATCHES)
+    found = {"bytes_read": torch.tensor(stages.model.checkpoint.bytes_read), **loss.take("base")}
+    randomise(adapters_of(layers))
+    for variant in ("kept", "recomputed"):
+        for layer in layers:
+            if isinstance(layer, DecoderLayer):
+                layer.recompute = variant == "recomputed"
         pipeline.train(micro_batches(loss.settings))
-        found |= loss.take(name)
-        for adapter in adapters:
-            for letter, parameter in (("A", adapter.control_A), ("B", adapter.control_B)):
-                assert parameter.grad is not None
-                found[f"{name}.{adapter.layer}.{letter}"] = parameter.grad
+        gradients.reduce(groups)
+        found |= loss.take(variant)
+        for name in trained.parameters():
+            gradient = gradients.of(name)
+            assert gradient is not None, f"{name} has no gradient"
+            found[f"{variant}.gradient.{name}"] = gradient.clone()
+        gradients.clear()
     return found
 
 
-def main(job_file: str) -> None:
-    """Run all cases of a job."""
-    torch.set_num_threads(1)
-    job = json.loads(Path(job_file).read_text("utf-8"))
+def run_cases(cases: list[dict[str, Any]], output: Path, numbers: dict[str, int]) -> None:
+    """One process of a run; its place in the job is in ``numbers``, as environment variables."""
+    os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
     world = join_world()
     layout = Layout.of(world.size, world.size, world.rank)
-    for number, case in enumerate(job["cases"]):
-        save_file(run_case(case, layout), Path(job["output"]) / f"{number}.{world.rank}.safetensors")
+    for number, fields in enumerate(cases):
+        directory = Path(fields.pop("directory"))
+        case = Case(**fields)
+        try:
+            found = run_case(case, directory, layout)
+        except Exception as error:
+            raise RuntimeError(f"{case} in {layout.stages} stages") from error
+        save_file(found, output / f"{world.size}.{number}.{world.rank}.safetensors")
     leave_world()
+
+
+def fork(stages: int, cases: list[dict[str, Any]], output: Path) -> None:
+    """Run ``cases`` in as many processes as there are stages; the first that fails ends all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = []
+    for rank in range(stages):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": stages, "MASTER_PORT": port}
+        processes.append(context.Process(target=run_cases, args=(cases, output, numbers)))
+        processes[-1].start()
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running])
+        running = [process for process in running if process.is_alive()]
+        if any(process.exitcode not in (0, None) for process in processes):
+            for process in running:
+                process.kill()
+            sys.exit(f"A pipeline of {stages} stages failed.")
+
+
+def main(job_file: str) -> None:
+    """Do all runs of a job."""
+    torch.set_num_threads(1)
+    job = json.loads(Path(job_file).read_text("utf-8"))
+    for run in job["runs"]:
+        fork(run["stages"], run["cases"], Path(job["output"]))
 
 
 if __name__ == "__main__":

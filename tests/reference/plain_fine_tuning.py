@@ -51,7 +51,7 @@ def losses_of(model: Any, ids: Tensor, trained: Tensor) -> Tensor:
     """−log p of every trained token of the sequences ``ids`` [N, S], one after the other."""
     found = []
     for row, counted in zip(ids, trained[:, 1:], strict=True):
-        logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits[0, :-1]
+        logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits[0, :-1].double()
         found.append(nn.functional.cross_entropy(logits, row[1:], reduction="none")[counted])
     return torch.cat(found)
 

@@ -18,7 +18,7 @@ from tests.reference.plain_fine_tuning import PlainFineTuning, Settings, mean_lo
 from tests.steered_models import make_model as make_family
 from tests.tiny_project import HIDDEN, LAYERS, Project, listing, make_model, make_project, metrics
 
-STEPS, RANK, PER_STEP, LR, DECAY = 20, 4, 4, 3e-2, 10.0
+STEPS, RANK, PER_STEP, LR, DECAY = 20, 8, 4, 3e-2, 10.0
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOSS = 1e-5
 """Losses are means of float32 terms around 6; measured are differences of 1e-6 in 20 steps."""
@@ -33,6 +33,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 SHORT: dict[str, Any] = {"max_steps": 4, "checkpoint_interval_steps": None}
 DROPOUT: dict[str, Any] = {**SHORT, "lora_dropout": 0.3}
+BFLOAT16: dict[str, Any] = {"dtype": "bfloat16", "lora_weight_dtype": "bfloat16"}
 EXPERTS = ["q_proj", "mlp.experts.down_proj"]
 
 
@@ -56,6 +57,12 @@ def printed(project: Project) -> dict[str, str]:
         "replicas": train(project, "replicas", processes=2, gradient_accumulation_steps=PER_STEP // 2),
         "half": train(project, "half", max_steps=10),
         "resumed": train(project, "resumed", "--resume-from-checkpoint", output_dir=str(project.root / "half")),
+        "bfloat16": train(project, "bfloat16", **BFLOAT16),
+        "bfloat16-half": train(project, "bfloat16-half", **BFLOAT16, max_steps=10),
+        "bfloat16-resumed": train(
+            project, "bfloat16-resumed", "--resume-from-checkpoint", **BFLOAT16,
+            output_dir=str(project.root / "bfloat16-half"),
+        ),
         "dropout": train(project, "dropout", **DROPOUT),
         "dropout-recomputed": train(project, "dropout-recomputed", **DROPOUT, activation_checkpointing="full"),
         "dropout-stages": train(project, "dropout-stages", processes=2, **DROPOUT, pipeline_stages=2),
@@ -200,15 +207,28 @@ def test_dropout_drops_the_same_everywhere(project: Project, printed: dict[str, 
     assert abs(losses(project, "dropout")[-1] - without[-1]) > 100 * LOSS
 
 
-def test_a_resumed_run_is_the_one_that_was_not_stopped_bit_for_bit(project: Project, printed: dict[str, str]) -> None:
+@pytest.mark.parametrize(("one", "other"), [("straight", "half"), ("bfloat16", "bfloat16-half")])
+def test_a_resumed_run_is_the_one_that_was_not_stopped_bit_for_bit(
+    project: Project, printed: dict[str, str], one: str, other: str
+) -> None:
     assert "step-000010" in printed["resumed"]
     for name in ("train/loss", "train/grad_norm", "train/norm_avg"):
-        one, other = ([line[name] for line in metrics(project.root / run)] for run in ("straight", "half"))
-        assert one == other
+        first, second = ([line[name] for line in metrics(project.root / run)] for run in (one, other))
+        assert first == second
     for part in ("final/adapter_model.safetensors", "checkpoints/step-000020/optimizer-00001.safetensors"):
-        first, second = (load_file(project.root / run / part) for run in ("straight", "half"))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+        tensors, others = (load_file(project.root / run / part) for run in (one, other))
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def test_everything_in_bfloat16_learns_the_same(project: Project, printed: dict[str, str]) -> None:
+    assert all(tensor.dtype == torch.bfloat16 for tensor in final(project, "bfloat16").values())
+    # Rounding to 8 bits, and no decay: neither is much in 20 steps.
+    assert losses(project, "bfloat16") == pytest.approx(losses(project, "straight"), abs=0.05)
+    assert losses(project, "bfloat16")[0] - losses(project, "bfloat16")[-1] > 0.2
+    model = PeftModel.from_pretrained(base_model(project, dtype=torch.bfloat16), project.root / "bfloat16" / "final")
+    evaluations = losses(project, "bfloat16", "eval")
+    assert mean_loss(model, *held_out_sequences(project, "bfloat16")) == pytest.approx(evaluations[-1], abs=1e-2)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cadapter.errors import UsageError
-from cadapter.training.optimiser import Optimiser, squared_gradient_norm
+from cadapter.training import optimiser as module
+from cadapter.training.gradients import Gradients
+from cadapter.training.optimiser import Optimiser
 
 BETAS, EPS, LR = (0.9, 0.99), 1e-6, 3e-3
 SHAPES = {"layers.0.control_A": (4, 30), "layers.0.control_B": (30, 4)}
-CPU = torch.device("cpu")
 
 # optimi advises its Triton kernels; foreach is what gives the same numbers on every device.
 pytestmark = pytest.mark.filterwarnings("ignore:Parameter `foreach` is deprecated:DeprecationWarning")
@@ -30,11 +33,26 @@ def gradients(step: int) -> list[Tensor]:
     return [10.0 ** (k - 5) * torch.randn(s, generator=generator) for k, s in enumerate(SHAPES.values())]
 
 
+def gradients_of(optimiser: Optimiser) -> Gradients:
+    """The gradients that stand at the optimiser's parameters."""
+    return Gradients(optimiser.parameters, frozenset(), torch.float32)
+
+
 def take_step(optimiser: Optimiser, step: int, lr: float = LR, clip: float = 1.0) -> None:
     for parameter, gradient in zip(optimiser.parameters.values(), gradients(step), strict=True):
         parameter.grad = gradient.clone()
-    optimiser.step(lr, clip)
-    optimiser.clear_gradients()
+    optimiser.step(lr, clip, gradients_of(optimiser))
+    assert all(parameter.grad is None for parameter in optimiser.parameters.values())
+
+
+def whole_state(optimiser: Optimiser) -> dict[str, Tensor]:
+    """Copies of all parts of the state as one."""
+    return {name: tensor.clone() for part in optimiser.state(optimiser.parameters) for name, tensor in part.items()}
+
+
+def reader(state: dict[str, Tensor]) -> Callable[[list[str]], dict[str, Tensor]]:
+    """What reads of a saved state those of the named tensors that there are."""
+    return lambda names: {name: state[name] for name in names if name in state}
 
 
 class NaiveAdam:
@@ -99,7 +117,7 @@ def test_there_is_no_decay_in_adam():
     optimiser, start = Optimiser(parameters(), BETAS, EPS), parameters()
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step(LR, 1.0)
+    optimiser.step(LR, 1.0, gradients_of(optimiser))
     for name, parameter in optimiser.parameters.items():
         assert torch.equal(parameter, start[name])
 
@@ -110,24 +128,18 @@ def test_clipping_makes_gradients_smaller_and_never_larger(factor, used):
     take_step(optimiser, 1, clip=factor)
     for parameter, gradient in zip(expected.parameters.values(), gradients(1), strict=True):
         parameter.grad = used * gradient
-    expected.step(LR, 1.0)
-    for name, parameter in optimiser.parameters.items():
-        assert torch.equal(parameter, expected.parameters[name])
-        assert torch.equal(optimiser.state()[f"{name}.exp_avg"], expected.state()[f"{name}.exp_avg"])
+    expected.step(LR, 1.0, gradients_of(expected))
+    assert_equal(optimiser, expected)
 
 
-def test_the_squared_norm_of_all_gradients():
-    named = parameters()
-    for parameter, gradient in zip(named.values(), gradients(1), strict=True):
-        parameter.grad = gradient
-    without = nn.Parameter(torch.ones(3))
-    found = squared_gradient_norm([*named.values(), without], CPU)
-    expected = sum(gradient.double().square().sum() for gradient in gradients(1))
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, torch.as_tensor(expected), rtol=1e-6, atol=0)  # float32 sums
-    assert squared_gradient_norm([], CPU) == 0
-    named["layers.0.control_A"].grad[0, 0] = math.inf  # type: ignore[index]
-    assert not torch.isfinite(squared_gradient_norm(named.values(), CPU))
+def assert_equal(one: Optimiser, other: Optimiser) -> None:
+    """Parameters and state, bit by bit."""
+    assert one.parameters.keys() == other.parameters.keys()
+    for name, parameter in one.parameters.items():
+        assert torch.equal(parameter, other.parameters[name]), name
+    states = whole_state(one), whole_state(other)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_a_saved_state_continues_bit_by_bit():
@@ -138,32 +150,37 @@ def test_a_saved_state_continues_bit_by_bit():
     first = Optimiser(parameters(), BETAS, EPS)
     for step in range(1, 6):
         take_step(first, step)
-    saved = {name: tensor.clone() for name, tensor in first.state().items()}
+    saved = whole_state(first)
     assert set(saved) == {f"{name}.{moment}" for name in SHAPES for moment in ("exp_avg", "exp_avg_sq")} | {"steps"}
     assert saved["steps"] == 5
     kept = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in first.parameters.items()}
-    take_step(first, 99)  # moves the state on, which must not reach what was saved before
 
     second = Optimiser(kept, BETAS, EPS)
-    second.load_state({**saved, "layers.7.control_A.exp_avg": torch.ones(2)})  # another stage's
+    second.load_state(reader({**saved, "layers.7.control_A.exp_avg": torch.ones(2)}))  # another stage's
     for step in range(6, 11):
         take_step(second, step)
-    for name, parameter in straight.parameters.items():
-        assert torch.equal(second.parameters[name], parameter)
-    for name, tensor in straight.state().items():
-        assert torch.equal(second.state()[name], tensor)
+    assert_equal(second, straight)
 
 
 def test_a_loaded_state_is_not_shared():
     first = Optimiser(parameters(), BETAS, EPS)
     take_step(first, 1)
-    saved = first.state()
+    saved = whole_state(first)
     before = {name: tensor.clone() for name, tensor in saved.items()}
     second = Optimiser(parameters(), BETAS, EPS)
-    second.load_state(saved)
+    second.load_state(reader(saved))
     take_step(second, 2)
     for name, tensor in saved.items():
         assert torch.equal(tensor, before[name])
+
+
+def test_the_count_of_steps_that_was_given_out_stays():
+    """Parts are written one after the other, each with the count that belongs to its moments."""
+    optimiser = Optimiser(parameters(), BETAS, EPS)
+    take_step(optimiser, 1)
+    (part,) = optimiser.state(SHAPES)
+    take_step(optimiser, 2)
+    assert (part["steps"], whole_state(optimiser)["steps"]) == (1, 2)
 
 
 def test_bfloat16_parameters_keep_their_compensation():
@@ -176,7 +193,7 @@ def test_bfloat16_parameters_keep_their_compensation():
     def take(optimiser: Optimiser, count: int) -> None:
         for _ in range(count):
             optimiser.parameters["weight"].grad = torch.ones(8, dtype=torch.bfloat16)
-            optimiser.step(lr, 1.0)
+            optimiser.step(lr, 1.0, gradients_of(optimiser))
 
     straight, first, second = bfloat16_optimiser(), bfloat16_optimiser(), bfloat16_optimiser()
     take(straight, steps)
@@ -184,8 +201,8 @@ def test_bfloat16_parameters_keep_their_compensation():
     assert (straight.parameters["weight"].double() - (1 - steps * lr)).abs().max() < 2e-3
     take(first, steps // 2)
     second.parameters["weight"].data.copy_(first.parameters["weight"])
-    assert "weight.kahan_comp" in first.state()
-    second.load_state(first.state())
+    assert "weight.kahan_comp" in whole_state(first)
+    second.load_state(reader(whole_state(first)))
     take(second, steps // 2)
     assert torch.equal(second.parameters["weight"], straight.parameters["weight"])
 
@@ -194,35 +211,141 @@ def test_bfloat16_parameters_keep_their_compensation():
 def test_a_state_that_does_not_fit_is_refused(damage):
     first = Optimiser(parameters(), BETAS, EPS)
     take_step(first, 1)
-    state = first.state()
-    name = "layers.0.control_B.exp_avg_sq"
+    state = whole_state(first)
+    name = says = "layers.0.control_B.exp_avg_sq"
     if damage == "missing":
         del state[name]
     elif damage == "shape":
         state[name] = state[name][:-1]
     else:
         del state["steps"]
-        name = "steps"
-    with pytest.raises(UsageError, match=f"does not fit: {name}"):
-        Optimiser(parameters(), BETAS, EPS).load_state(state)
+        says = "it has no count of steps"
+    with pytest.raises(UsageError, match=f"does not fit: {says}"):
+        Optimiser(parameters(), BETAS, EPS).load_state(reader(state))
 
 
 def test_a_stage_that_trains_nothing():
     empty = Optimiser({}, BETAS, EPS)
-    empty.step(LR, 0.5)
-    empty.clear_gradients()
-    assert empty.state() == {}
-    empty.load_state({"layers.0.control_A.exp_avg": torch.ones(2), "steps": torch.tensor(3)})
-    assert empty.state() == {}
-    assert squared_gradient_norm(empty.parameters.values(), CPU) == 0
+    empty.step(LR, 0.5, gradients_of(empty))
+    assert whole_state(empty) == {}
+    empty.load_state(reader({"layers.0.control_A.exp_avg": torch.ones(2), "steps": torch.tensor(3)}))
+    assert whole_state(empty) == {}
 
 
 def test_before_the_first_step_there_is_no_state():
     optimiser = Optimiser(parameters(), BETAS, EPS)
-    assert optimiser.state() == {}
-    optimiser.load_state({})
+    assert list(optimiser.state(SHAPES)) == []
+    optimiser.load_state(reader({}))
     take_step(optimiser, 1)
     expected = Optimiser(parameters(), BETAS, EPS)
     take_step(expected, 1)
-    for name, parameter in optimiser.parameters.items():
-        assert torch.equal(parameter, expected.parameters[name])
+    assert_equal(optimiser, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_that_no_gradient_reaches_stays_and_is_resumed(dtype):
+    """A weight that only chooses among experts, say; the run it belongs to can still be continued."""
+
+    def optimiser() -> Optimiser:
+        used, unused = (nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2))
+        return Optimiser({"used": used, "unused": unused}, BETAS, EPS)
+
+    first, second = optimiser(), optimiser()
+    gradients = gradients_of(first)
+    first.parameters["used"].sum().backward()
+    first.step(LR, 1.0, gradients)
+    assert torch.equal(first.parameters["unused"], torch.ones(3, dtype=dtype))
+    assert not torch.equal(first.parameters["used"], torch.ones(3, dtype=dtype))
+    second.load_state(reader(whole_state(first)))
+    assert whole_state(second).keys() == whole_state(first).keys()
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32)
+WHOLE = module.GROUP_BYTES
+GROUPINGS = {1: [1] * 6, 100: [1, 2, 2, 1], WHOLE: [1, 2, 3]}
+"""By the bytes of a group, how many of the parameters of :func:`mixed_parameters` stand in each."""
+
+
+def mixed_parameters() -> dict[str, nn.Parameter]:
+    """Six parameters [3, 5] of two dtypes: 60 bytes each in float32."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = [torch.randn(3, 5, generator=generator).to(dtype) for dtype in DTYPES]
+    return {f"layers.{number}.weight": nn.Parameter(each) for number, each in enumerate(drawn)}
+
+
+def train(optimiser: Optimiser, first: int, last: int) -> None:
+    """Steps of a schedule with some clipping; gradients add up in float32."""
+    gradients = gradients_of(optimiser)
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(2):
+            loss = torch.zeros(())
+            for parameter in optimiser.parameters.values():
+                loss = loss + (parameter * torch.randn(3, 5, generator=generator)).sum()
+            loss.backward()
+        optimiser.step(LR * step, 0.6 if step % 2 else 1.0, gradients)
+        gradients.clear()
+
+
+def in_groups(size: int, monkeypatch: pytest.MonkeyPatch, values: dict[str, nn.Parameter] | None = None) -> Optimiser:
+    """An optimiser of groups of so many bytes over copies of ``values``."""
+    monkeypatch.setattr(module, "GROUP_BYTES", size)
+    values = mixed_parameters() if values is None else values
+    return Optimiser({name: nn.Parameter(each.detach().clone()) for name, each in values.items()}, BETAS, EPS)
+
+
+@pytest.mark.parametrize(("size", "lengths"), GROUPINGS.items())
+def test_groups_hold_parameters_of_one_dtype_in_order(monkeypatch, size, lengths):
+    optimiser = in_groups(size, monkeypatch)
+    train(optimiser, 1, 1)
+    parts = list(optimiser.state(optimiser.parameters))
+    names = [[name.removesuffix(".exp_avg") for name in part if name.endswith(".exp_avg")] for part in parts]
+    assert [len(each) for each in names] == lengths
+    assert list(itertools.chain.from_iterable(names)) == list(optimiser.parameters)
+    for each in names:
+        assert len({optimiser.parameters[name].dtype for name in each}) == 1
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_several_groups_step_as_one(monkeypatch, size):
+    one, several = in_groups(WHOLE, monkeypatch), in_groups(size, monkeypatch)
+    for optimiser in (one, several):
+        train(optimiser, 1, 10)
+    assert_equal(one, several)
+    for name, start in mixed_parameters().items():
+        assert not torch.equal(one.parameters[name], start)
+    kahan = {name for name in whole_state(one) if name.endswith(".kahan_comp")}
+    assert kahan == {"layers.1.weight.kahan_comp", "layers.2.weight.kahan_comp"}
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(GROUPINGS, repeat=2)))
+def test_a_state_goes_over_to_other_groups(monkeypatch, before, after):
+    straight = in_groups(before, monkeypatch)
+    train(straight, 1, 10)
+    first = in_groups(before, monkeypatch)
+    train(first, 1, 5)
+    second = in_groups(after, monkeypatch, first.parameters)
+    second.load_state(reader(whole_state(first)))
+    train(second, 6, 10)
+    assert_equal(second, straight)
+
+
+def test_only_what_is_asked_for_is_given_out_and_read(monkeypatch):
+    """What an earlier stage saves is left out by name; what other stages saved is not asked for."""
+    optimiser = in_groups(1, monkeypatch)
+    train(optimiser, 1, 3)
+    wanted = {"layers.1.weight", "layers.4.weight"}
+    parts = list(optimiser.state(wanted))
+    assert [sorted(part) for part in parts] == [
+        ["layers.1.weight.exp_avg", "layers.1.weight.exp_avg_sq", "layers.1.weight.kahan_comp", "steps"],
+        ["layers.4.weight.exp_avg", "layers.4.weight.exp_avg_sq", "steps"],
+    ]
+    assert all(part["steps"] == 3 for part in parts)
+    asked: list[str] = []
+    values = {name: optimiser.parameters[name] for name in sorted(wanted)}
+    merged = {name: tensor for part in parts for name, tensor in part.items()}
+    other = in_groups(WHOLE, monkeypatch, values)
+    other.load_state(lambda names: asked.extend(names) or reader(merged)(names))
+    assert {name.rpartition(".")[0] for name in asked} == wanted | {""}

@@ -62,6 +62,27 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     assert not (tmp_path / "missing.jsonl").exists()
 
 
+@pytest.mark.parametrize("norms", [None, torch.tensor([1.0, math.nan])], ids=["no adapters", "not finite"])
+def test_without_norms_there_is_no_histogram(tmp_path: Path, norms: torch.Tensor | None) -> None:
+    """Full fine-tuning has none; a histogram of numbers that are not finite cannot be drawn."""
+    with Reporter(tmp_path, 1, 1) as reporter:
+        reporter.training_step(1, 1, 100, 0.5, {"train/loss": 2.0}, norms)
+    assert [line["train/loss"] for line in lines(tmp_path)] == [2.0]
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert (events.Tags()["scalars"], events.Tags()["histograms"]) == (["train/loss"], [])
+
+
+def test_norms_are_a_histogram(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2)
+    events = EventAccumulator(str(tmp_path / "logs"), size_guidance={"histograms": 0})
+    events.Reload()
+    histograms = events.Histograms("train/layer_norms")
+    assert [(each.step, each.histogram_value.num, each.histogram_value.sum) for each in histograms] == [
+        (1, 2.0, 3.0), (2, 2.0, 3.0)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (36610, "10:10:10")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

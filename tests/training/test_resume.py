@@ -66,9 +66,17 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     for part in ("final", "best", "checkpoints/step-000020"):
         first, second = (load_file(directory / part / "adapter_model.safetensors") for directory in (one, other))
         assert all(torch.equal(first[name], second[name]) for name in first)
-    moments = [load_file(directory / "checkpoints/step-000020/optimizer.safetensors") for directory in (one, other)]
+    moments = [moments_of(directory / "checkpoints/step-000020") for directory in (one, other)]
     assert moments[0].keys() == moments[1].keys()
     assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+
+
+def moments_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Adam's state by file and name."""
+    files = sorted(checkpoint.glob("optimizer-*.safetensors"))
+    found = {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    assert found
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -132,10 +140,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(own_project: Project, straig
     config = own_project.write_config("straight", **KEYS)
     run_well("train", config)
     directory = own_project.root / "straight"
-    damaged = directory / "checkpoints" / "step-000020" / "optimizer.safetensors"
+    damaged = directory / "checkpoints" / "step-000020" / "optimizer-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-7])
     done = run_well("train", config, "--resume-from-checkpoint")
-    assert f"{damaged.parent} is passed over: optimizer.safetensors is damaged" in done.stderr
+    assert f"{damaged.parent} is passed over: optimizer-00001.safetensors is damaged" in done.stderr
     assert "step-000015" in done.stdout
     assert_equal_runs(straight, directory)
 
@@ -155,6 +163,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(own_project: Project, straig
         ("sequence_len=128", ("sequence_len: 64 in the checkpoint, 128 now",)),
         ("micro_batch_size=2", ("sequences per step: 8 in the checkpoint, 16 now",)),
         ("lora_rank=8", ("lora_rank: 4 in the checkpoint, 8 now",)),
+        ("control_site=mlp", ("control_site: 'block' in the checkpoint, 'mlp' now",)),
         ("max_steps=20", ("is the end of this run already: 20 of 20 steps",)),
     ],
 )

@@ -24,7 +24,7 @@ KEYS = {
 NAMES = {
     "train/loss", "train/loss_pos", "train/loss_neg", "train/loss_neutral", "train/top1_accuracy", "train/lr",
     "train/grad_norm", "train/tokens_per_second", "train/norm_avg", "train/norm_max", "train/spectral_max",
-    "train/weight_decay_avg", "train/weight_decay_max",
+    "train/radius_max", "train/weight_decay_avg", "train/weight_decay_max",
 }  # fmt: skip
 EVAL_NAMES = {"eval/loss", "eval/loss_pos", "eval/loss_neg", "eval/loss_neutral", "eval/top1_accuracy"}
 
@@ -76,6 +76,8 @@ def test_the_norms_are_those_of_the_adapter(finished: Path) -> None:
     assert last["train/norm_max"] == pytest.approx(max(frobenius), rel=1e-5)
     spectral = max(torch.linalg.matrix_norm(W, 2).item() for W in matrices)
     assert last["train/spectral_max"] == pytest.approx(spectral, rel=1e-5)
+    radius = max(torch.linalg.eigvals(W).abs().max().item() for W in matrices)
+    assert last["train/radius_max"] == pytest.approx(radius, rel=1e-5)
 
 
 def test_tensorboard_holds_the_same(finished: Path) -> None:

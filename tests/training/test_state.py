@@ -3,44 +3,92 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from cadapter.errors import UsageError
 from cadapter.training.state import (
-    OPTIMISER_FILE,
     Position,
     check_facts,
     fault_of,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    tagged,
 )
 
 FACTS = {"seed": 42, "layers": [0, 1], "training data": "abc"}
+ADAPTER, FIRST, SECOND = "adapter_model.safetensors", "optimizer-00001.safetensors", "optimizer-00002.safetensors"
+Part = dict[str, Tensor]
 
 
-def save(directory: Path, step: int, keep: int = 3) -> Path:
-    """Write a checkpoint with an adapter file of its own."""
-    moments = {"layers.0.control_A.exp_avg": torch.full((2, 3), float(step)), "steps": torch.tensor([step])}
+class ByteWriter:
+    """Writes the numbers that it is given, one after the other, when all are there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.written = b""
+
+    def add(self, part: Part) -> None:
+        for name in sorted(part):
+            self.written += part[name].numpy().tobytes()
+
+    def finish(self) -> None:
+        (self.directory / ADAPTER).write_bytes(self.written)
+
+
+def adapter_part(step: int) -> Part:
+    return {"control_A": torch.full((50,), float(step))}
+
+
+def moments(layer: int, step: int) -> Part:
+    """Adam's state of a layer, as its stage's optimiser gives it out."""
+    return {f"layers.{layer}.control_A.exp_avg": torch.full((2, 3), float(step + layer)), "steps": torch.tensor(step)}
+
+
+def parts_of(step: int) -> Iterator[Part]:
+    """What two stages send: each what it trains, then its state."""
+    for layer in (0, 1):
+        yield adapter_part(step)
+        yield from tagged([moments(layer, step)])
+
+
+def save(directory: Path, step: int, keep: int = 3, parts: Iterable[Part] | None = None) -> Path:
+    """Write a checkpoint of two stages."""
     position = Position(step=step, tokens=10 * step, seconds=1.5, best_loss=2.5, evaluated=step, skipped=1)
-
-    def adapter(target: Path) -> None:
-        (target / "adapter_model.safetensors").write_bytes(bytes([step % 256]) * 100)
-
-    return save_checkpoint(directory, position, FACTS, moments, adapter, keep)
+    return save_checkpoint(directory, position, FACTS, parts_of(step) if parts is None else parts, ByteWriter, keep)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
     assert path.name == "step-000007"
+    assert sorted(file.name for file in path.iterdir()) == [ADAPTER, "manifest.json", FIRST, SECOND, "state.json"]
     saved = load_checkpoint(path)
     assert saved.position == Position(step=7, tokens=70, seconds=1.5, best_loss=2.5, evaluated=7, skipped=1)
     assert saved.facts == FACTS
-    assert torch.equal(saved.optimiser["layers.0.control_A.exp_avg"], torch.full((2, 3), 7.0))
     assert fault_of(path) is None
+    assert (path / ADAPTER).read_bytes() == 2 * adapter_part(7)["control_A"].numpy().tobytes()
+
+
+def test_moments_are_found_by_name_in_whichever_file_they_are(tmp_path: Path) -> None:
+    saved = load_checkpoint(save(tmp_path, 7))
+    names = [f"layers.{layer}.control_A.exp_avg" for layer in (1, 0, 2)]
+    found = saved.moments([*names, "steps"])
+    assert sorted(found) == [*sorted(names[:2]), "steps"]
+    for layer in (0, 1):
+        assert torch.equal(found[names[1 - layer]], torch.full((2, 3), 7.0 + layer))
+    assert found["steps"] == 7
+    assert saved.moments(["layers.2.control_A.exp_avg"]) == {}
+
+
+def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
+    path = save(tmp_path, 0, parts=[adapter_part(0)])
+    assert fault_of(path) is None
+    assert load_checkpoint(path).moments(["steps"]) == {}
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -64,8 +112,11 @@ def test_no_checkpoint_and_no_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda path: (path / OPTIMISER_FILE).write_bytes((path / OPTIMISER_FILE).read_bytes()[:-1]), OPTIMISER_FILE),
-        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"x" * 100), "adapter_model.safetensors"),
+        (lambda path: (path / FIRST).write_bytes((path / FIRST).read_bytes()[:-1]), f"{FIRST} is damaged"),
+        (lambda path: flip_a_bit(path / SECOND), f"{SECOND} is damaged"),
+        (lambda path: (path / SECOND).unlink(), f"{SECOND} is missing"),
+        (lambda path: (path / FIRST).rename(path / "optimizer-00003.safetensors"), f"{FIRST} is missing"),
+        (lambda path: (path / ADAPTER).write_bytes(b"x" * 400), f"{ADAPTER} is damaged"),
         (lambda path: (path / "state.json").unlink(), "state.json"),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json"),
@@ -83,15 +134,51 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage, n
     assert named in remarks[0]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    first = save(tmp_path, 5)
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
-    def fail(_target: Path) -> None:
+
+def test_a_file_that_is_no_safetensors_is_a_usage_error(tmp_path: Path) -> None:
+    """Where a file is damaged between the check and its reading."""
+    path = save(tmp_path, 5)
+    (path / SECOND).write_bytes(b"{}")
+    with pytest.raises(UsageError, match=f"{SECOND} is damaged"):
+        load_checkpoint(path).moments(["steps"])
+
+
+class FullDisk(ByteWriter):
+    def add(self, part: Part) -> None:
         raise OSError("no space left")
 
+
+class FullDiskAtTheEnd(ByteWriter):
+    def finish(self) -> None:
+        super().finish()
+        raise OSError("no space left")
+
+
+def broken_stream(step: int) -> Iterator[Part]:
+    """Parts of which the third never arrives."""
+    yield adapter_part(step)
+    yield from tagged([moments(0, step)])
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize(
+    ("writer", "parts"),
+    [(FullDisk, parts_of), (FullDiskAtTheEnd, parts_of), (ByteWriter, broken_stream)],
+    ids=["while parts stream", "at the end", "the stream itself"],
+)
+@pytest.mark.parametrize("step", [5, 6], ids=["the same step again", "a new step"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer, parts, step: int) -> None:
+    first = save(tmp_path, 5)
+    content = {file.name: file.read_bytes() for file in first.iterdir()}
     with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path, Position(step=6), FACTS, {}, fail, keep=1)
+        save_checkpoint(tmp_path, Position(step=step), FACTS, parts(6), writer, keep=1)
     assert list(tmp_path.iterdir()) == [first]
+    assert {file.name: file.read_bytes() for file in first.iterdir()} == content
     assert fault_of(first) is None
 
 

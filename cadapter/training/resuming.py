@@ -1,0 +1,70 @@
+"""What may differ between a checkpoint's settings and those of the run that goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cadapter.config import Config
+from cadapter.errors import UsageError
+
+FREE = frozenset(
+    {
+        "model_dir", "output_dir", "cache_dir", "init_from", "epochs", "max_steps", "micro_batch_size",
+        "gradient_accumulation_steps", "eval_gradient_accumulation_steps", "pipeline_stages", "partition_method",
+        "use_column_major_topology", "activation_checkpointing", "attn_implementation", "compile", "evals_per_run",
+        "checkpoint_interval_hours", "checkpoint_interval_steps", "max_checkpoints", "trust_remote_code",
+    }
+)  # fmt: skip
+"""Keys that change where a run happens, how long it is or how it is laid out, and not what a step does. What follows
+from them and does matter (sequences a step, the model's shape) is compared by itself."""
+
+EXCUSED_BY = {
+    "seed": {"seed"},
+    "sequence_len": {"sequence_len"},
+    "sequences per step": {"micro_batch_size", "gradient_accumulation_steps", "pipeline_stages"},
+    "training data": {
+        "datasets", "sequence_len", "seed", "eval_fraction", "max_sequences", "drop_tails", "mix_datasets",
+        "mask_tokens", "sequence_prefix", "document_prefix", "document_suffix", "model_dir",
+    },
+}  # fmt: skip
+"""Facts of a run that may change where one of these keys is given with --set, which says that it is meant."""
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """A config as a checkpoint records it."""
+    return config.model_dump(mode="json")
+
+
+def given_keys(overrides: Iterable[str]) -> set[str]:
+    """The keys of the config that ``--set`` options name: "datasets.1.control_class=1" names datasets."""
+    return {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
+
+
+def excused_facts(given: set[str]) -> set[str]:
+    """The facts that may differ from the checkpoint's, since ``--set`` says so."""
+    return {fact for fact, keys in EXCUSED_BY.items() if keys & given}
+
+
+def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: set[str], where: str) -> list[str]:
+    """Return what differs, a line for each key with both values.
+
+    Args:
+        saved, now: settings of the checkpoint and of this run.
+        given: keys that ``--set`` names.
+        where: the checkpoint, for the message.
+
+    Raises:
+        UsageError: a key that changes what a step does differs, and ``--set`` does not name it.
+    """
+    differing = {key: (saved[key], value) for key, value in now.items() if key in saved and saved[key] != value}
+    lines = {key: f"{key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in differing.items()}
+    refused = [line for key, line in lines.items() if key not in FREE and key not in given]
+    if refused:
+        raise UsageError(
+            f"{where} was written with other settings, and going on would not be the same run:\n"
+            + "".join(f"  {line}\n" for line in refused)
+            + "Set them back (what was given with --set has to be given again), or name each with --set to go on with "
+            "the new value."
+        )
+    return list(lines.values())

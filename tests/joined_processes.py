@@ -1,0 +1,54 @@
+"""A few lines of Python in several real processes that have joined one job, as under a launcher."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.tiny_project import environment
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAM = """
+from cadapter.errors import UsageError
+from cadapter.training.distributed import barrier, joined_world, on_main
+
+def body(world):
+    {body}
+
+with joined_world() as world:
+    body(world)
+print("done", flush=True)
+"""
+
+
+def run_processes(body: str, count: int = 2) -> tuple[list[int], str, float]:
+    """Run ``body(world)`` in each of ``count`` processes: exit codes by rank, all that was said, seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    started = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(body=body)],
+            env=environment(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        said = "".join(process.communicate(timeout=120)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said, time.monotonic() - started
+
+
+def run_processes_well(body: str, count: int) -> None:
+    """:func:`run_processes`, where each process must come to its end."""
+    codes, said, _ = run_processes(body, count)
+    assert codes == [0] * count, said
+    assert said.count("done") == count, said
