@@ -330,6 +330,7 @@ LAYOUTS: list[tuple[int, list[str]]] = [(1, []), (2, ["--set", "pipeline_stages=
 """Processes and options."""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "base"),
     [
@@ -375,6 +376,7 @@ def test_base_and_adapted_scores_equal_a_plain_computation_in_every_layout(
     assert all(text.count("Loss by dataset and strength") == 1 for text in printed)
 
 
+@pytest.mark.processes
 def test_what_has_no_strengths_is_evaluated_without(bases: Project, tmp_path: Path) -> None:
     config = plain_config(bases, "model")
     names = {"lora": "a LoRA", "fine-tuned": "a fine-tuned model"}
@@ -391,6 +393,7 @@ def rename_tensors(directory: Path, old: str, new: str) -> None:
     save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [

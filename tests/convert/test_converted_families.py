@@ -34,7 +34,7 @@ STRENGTHS = [1.0, -1.0, 0.5]
 SPECTRAL = 0.3
 
 ROUNDING = 1e-5
-"""Of the largest logit: 1e-6 is found, what float32 keeps of (I + W)·(w·x) against ((I + W)·w)·x in three blocks."""
+"""Of the largest logit: 2e-6 is found, what float32 keeps of (I + W)·(w·x) against ((I + W)·w)·x in three blocks."""
 
 WRITER = re.compile(r"self_attn\.o_proj|mlp\.(shared_expert\.|experts\.\d+\.|experts\.)?down_proj|.*\.experts\.\d+\.w2")
 """What writes to the residual stream, by name within a layer; all families of the table name it alike."""

@@ -32,6 +32,8 @@ from tests.tiny_pipeline import run_layers
 from tests.tiny_project import HIDDEN, LAYERS, Project, make_project, metrics
 from tests.tiny_tokenizer import make_tokenizer
 
+pytestmark = pytest.mark.processes
+
 STEPS, RANK, PER_STEP, LR, DECAY = 12, 4, 4, 3e-2, 10.0
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOSS, LOGITS = 1e-5, 1e-5

@@ -29,6 +29,8 @@ from tests.steered_models import make_model as make_family
 from tests.tiny_pipeline import run_layers
 from tests.tiny_project import Project, make_model, make_project, metrics
 
+pytestmark = pytest.mark.processes
+
 STEPS, PER_STEP, LR, CLIPPING = 20, 4, 3e-3, 1.0
 LOSS = 1e-5
 """Losses are means of float32 terms around 5; measured are differences of 1e-6 in 20 steps."""
@@ -96,6 +98,7 @@ def printed(project: Project) -> dict[str, str]:
         "modules": train(project, "modules", **SHORT, target_modules=["o_proj", "mlp", "norm"]),
         "both": train(project, "both", **SHORT, layers_to_transform="1:1", target_modules=["self_attn.q_proj"]),
         "embedding": tied("embedding", **SHORT, **two, target_modules=["embed_tokens"]),
+        "tied-layer": tied("tied-layer", **SHORT, **two, layers_to_transform="1:1"),
         "head": train(project, "head", **SHORT, **two, target_modules=["lm_head"]),
         "mixtral": train(project, "mixtral-run", model="mixtral", max_steps=6),
         "mixtral-2": train(project, "mixtral-2", model="mixtral", max_steps=6, **two),
@@ -269,6 +272,12 @@ def test_exactly_what_is_named_is_trained(
     assert changed(project, run) == {f"model.layers.{layer}.{part}" for layer in layers for part in parts} | {*others}
     numbers = sum(weights(project.root / "model")[name].numel() for name in changed(project, run))
     assert f"Full fine-tuning: {numbers:,} of 188,992 parameters" in printed[run]
+
+
+def test_a_tied_embedding_can_be_left_alone(project: Project, printed: dict[str, str]) -> None:
+    """On two stages, one of which trains nothing."""
+    expected = {f"model.layers.1.{part}" for part in [*ATTENTION, *MLP, *NORMS]}
+    assert changed(project, "tied-layer", "tied") == expected
 
 
 def test_a_tied_embedding_can_be_trained_alone(project: Project, printed: dict[str, str]) -> None:

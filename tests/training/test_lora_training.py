@@ -18,6 +18,8 @@ from tests.reference.plain_fine_tuning import PlainFineTuning, Settings, mean_lo
 from tests.steered_models import make_model as make_family
 from tests.tiny_project import HIDDEN, LAYERS, Project, listing, make_model, make_project, metrics
 
+pytestmark = pytest.mark.processes
+
 STEPS, RANK, PER_STEP, LR, DECAY = 20, 8, 4, 3e-2, 10.0
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOSS = 1e-5
