@@ -14,7 +14,6 @@ from typing import Any
 
 from cadapter.errors import UsageError
 
-
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{8}")
 """The names that :func:`_sibling` gives."""
 

@@ -21,9 +21,14 @@ def names(directory: Path) -> list[str]:
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     with new_directory(tmp_path / "out") as made:
         (made / "file").write_text("old")
-    with pytest.raises(RuntimeError), new_directory(tmp_path / "out", force=True) as made:
-        (made / "file").write_text("new")
-        raise RuntimeError
+
+    def fail() -> None:
+        with new_directory(tmp_path / "out", force=True) as made:
+            (made / "file").write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "old"
     with pytest.raises(UsageError, match="already exists"), new_directory(tmp_path / "out"):

@@ -38,13 +38,18 @@ def command(
     num_gpus: Annotated[
         int | None,
         typer.Option(
-            help="Processes on this machine: all visible GPUs by default; without GPUs one.",
+            help="Processes on each machine: all visible GPUs by default; without GPUs one.",
             show_default=False,
             rich_help_panel=_PROCESSES,
         ),
     ] = None,
     master_port: Annotated[
-        int | None, typer.Option(help="Port of the first process.", show_default=False, rich_help_panel=_PROCESSES)
+        int | None,
+        typer.Option(
+            help="Port of the first process. Default: a free one; on several machines 29500.",
+            show_default=False,
+            rich_help_panel=_PROCESSES,
+        ),
     ] = None,
     num_nodes: Annotated[
         int | None, typer.Option(help="Number of machines.", show_default=False, rich_help_panel=_NODES)
@@ -52,7 +57,9 @@ def command(
     hostfile: Annotated[
         str | None,
         typer.Option(
-            help="File of lines 'HOST slots=N', one for each machine.", show_default=False, rich_help_panel=_NODES
+            help="File of lines 'HOST slots=N', one for each machine; they are reached through ssh.",
+            show_default=False,
+            rich_help_panel=_NODES,
         ),
     ] = None,
     master_addr: Annotated[
@@ -60,21 +67,34 @@ def command(
     ] = None,
     node_rank: Annotated[
         int | None,
-        typer.Option(help="Number of this machine, from 0.", show_default=False, rich_help_panel=_NODES),
+        typer.Option(
+            help="Which machine this is, from 0: start its part only. Give the command on each machine.",
+            show_default=False,
+            rich_help_panel=_NODES,
+        ),
     ] = None,
     no_ssh: Annotated[
-        bool, typer.Option("--no-ssh", help="Start this machine's part only.", rich_help_panel=_NODES)
+        bool,
+        typer.Option(
+            "--no-ssh",
+            help="Start this machine's part only, found by its name in the hostfile.",
+            rich_help_panel=_NODES,
+        ),
     ] = False,
     launcher: Annotated[
         str | None,
-        typer.Option(help="DeepSpeed's launcher, such as pdsh.", show_default=False, rich_help_panel=_NODES),
+        typer.Option(
+            help="How DeepSpeed's runner reaches the machines of a hostfile: pdsh.",
+            show_default=False,
+            rich_help_panel=_NODES,
+        ),
     ] = None,
     config_option: Annotated[Path | None, typer.Option("--config", hidden=True)] = None,
 ) -> None:
     """Train a Control Adapter as CONFIG says.
 
-    On several GPUs the command starts itself again under DeepSpeed's launcher; where RANK and WORLD_SIZE are set, as
-    torchrun does, it joins that job. SIGTERM or Ctrl-C saves a checkpoint and stops; --resume-from-checkpoint continues
+    On several GPUs the command starts itself again under DeepSpeed's launcher; started by torchrun, srun or mpirun it
+    joins that job. SIGTERM or Ctrl-C, on any machine, saves a checkpoint and stops; --resume-from-checkpoint continues
     exactly there.
     """
     from cadapter.config import load_config

@@ -201,7 +201,7 @@ def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Pa
         loss=loss,
         mode=plan.mode,
         trained=trained,
-        gradients=Gradients(parameters, trained.copies, DTYPES[config.gradient_dtype]),
+        gradients=Gradients(parameters, trained.copies, _gradient_dtype(config)),
         groups=gradient_groups(plan, pipeline),
         optimiser=optimiser,
         plan=plan.steps,
@@ -211,6 +211,11 @@ def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Pa
         facts=facts,
         position=position,
     )
+
+
+def _gradient_dtype(config: Config) -> torch.dtype:
+    """In which gradients of bfloat16 parameters add up: those of adapters, which are small, in float32."""
+    return DTYPES[config.gradient_dtype] if config.full_fine_tune else torch.float32
 
 
 def _evaluation_accumulation(config: Config) -> int:

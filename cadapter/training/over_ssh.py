@@ -109,7 +109,10 @@ def check_machines(nodes: Sequence[Node], launcher: str | None) -> None:
                 f"{program} is not installed; a hostfile's machines are reached by it.\n"
                 "Install it, or start the command on each machine with --no-ssh and --node-rank."
             )
-    line = f"cd {shlex.quote(os.getcwd())} && test -x {shlex.quote(sys.executable)}"
+    for path in (os.getcwd(), sys.executable):
+        if shlex.quote(path) != path:
+            raise UsageError(f"{path}: over ssh, DeepSpeed's runner cannot use a path with such signs or spaces.")
+    line = f"cd {os.getcwd()} && test -x {sys.executable}"
     quiet = subprocess.DEVNULL
     asked = [
         subprocess.Popen([*SSH, node.name, line], stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True)
@@ -162,13 +165,15 @@ def runner_command(
     if gpus:
         slots = (f"{node.name}:{','.join(map(str, gpus[: node.slots]))}" for node in nodes)
         options.append(f"--include={'@'.join(slots)}")
-    fixed = ["--no_ssh_check", "--no_local_rank", "--log_level=critical", "--module", "cadapter"]
+    # The runner (0.19.8) does not tell pdsh's launchers its log level. The remote shell reads two words here.
+    module = " --log_level=critical cadapter"
+    fixed = ["--no_ssh_check", "--no_local_rank", "--log_level=critical", "--module", module]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, *fixed, *map(_argument, arguments)]
 
 
 def signal_first_machine(node: Node, job: str, number: int) -> bool:
     """Send a signal to the workers on the first machine, which tell all others; return whether there were any."""
-    line = f"cd {shlex.quote(os.getcwd())} && {shlex.quote(sys.executable)} -m cadapter.training.job {job} {number}"
+    line = f"cd {os.getcwd()} && {sys.executable} -m cadapter.training.job {job} {number}"
     try:
         done = subprocess.run(
             [*SSH, node.name, line], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS_TO_TELL, check=False

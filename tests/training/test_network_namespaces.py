@@ -128,9 +128,8 @@ def test_a_pipeline_across_two_nodes(project: Project, machines: tuple[Machine, 
     ]
 
 
-@pytest.mark.parametrize(
-    "column_major", [pytest.param(False, id="row-major", marks=pytest.mark.slow), pytest.param(True, id="column-major")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("column_major", [pytest.param(False, id="row-major"), pytest.param(True, id="column-major")])
 def test_two_processes_on_each_of_two_nodes(
     project: Project, machines: tuple[Machine, Machine], losses, tmp_path: Path, column_major: bool
 ) -> None:

@@ -15,10 +15,10 @@ from cadapter.errors import UsageError
 from cadapter.training.state import PartWriter
 
 
-def trained_bytes(dtype: torch.dtype, gradient: torch.dtype | None = None) -> int:
+def trained_bytes(dtype: torch.dtype, gradient: torch.dtype) -> int:
     """Bytes of a trained number with its gradient, Adam's two moments and, below float32, Kahan's compensation."""
     size = dtype.itemsize
-    return size + (gradient or dtype).itemsize + 2 * size + (size if size < 4 else 0)
+    return size + gradient.itemsize + 2 * size + (size if size < 4 else 0)
 
 
 def check_rank_and_alpha(directory: Path, stored: tuple[int, float], wanted: tuple[int, float]) -> None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings
@@ -72,7 +73,7 @@ class ControlMode:
         self.seed = seed
         self.decay = decay
         self.base_name = base_name
-        self.bytes_per_trained = trained_bytes(settings.dtype)
+        self.bytes_per_trained = trained_bytes(settings.dtype, torch.float32)
 
     @property
     def applications(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cadapter.adapters.lora import LoraBlock, LoraSettings
@@ -61,7 +62,7 @@ class LoraMode:
         self.seed = seed
         self.decay = decay
         self.base_name = base_name
-        self.bytes_per_trained = trained_bytes(settings.dtype)
+        self.bytes_per_trained = trained_bytes(settings.dtype, torch.float32)
         # Counted now, while the blocks are as the model has them.
         self._numbers = [
             count_parameters(model.skeleton_block(index), targets.by_layer.get(index, Targets()), settings.rank)
