@@ -29,9 +29,9 @@ PROBE_LENGTH, PROBE_WIDTH = 6, 5
 
 
 class _Call(NamedTuple):
-    """What block ``index`` was called with."""
+    """What a block, the ``number``-th, was called with."""
 
-    index: int
+    number: int
     hidden: Tensor
     arguments: dict[str, Any]
 
@@ -39,10 +39,10 @@ class _Call(NamedTuple):
 class _Recorder(nn.Module):
     """Stands in for a block: notes what it is called with, and gives back another hidden state than it got."""
 
-    def __init__(self, original: nn.Module, index: int, calls: list[_Call]) -> None:
+    def __init__(self, original: nn.Module, number: int, calls: list[_Call]) -> None:
         super().__init__()
         self._original = [original]  # in a list: not a submodule
-        self._index = index
+        self._number = number
         self._calls = calls
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +57,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             raise UsageError("it calls its blocks with more than hidden states by position")
-        self._calls.append(_Call(self._index, hidden, kwargs))
+        self._calls.append(_Call(self._number, hidden, kwargs))
         return hidden + 1
 
 
@@ -128,11 +128,11 @@ def record_calls(skeleton: Any, embeddings: Tensor, token: int = 0) -> tuple[Ten
     """
     inner = inner_model(skeleton)
     calls: list[_Call] = []
-    recorders = nn.ModuleList(_Recorder(block, index, calls) for index, block in enumerate(inner.layers))
+    recorders = nn.ModuleList(_Recorder(block, number, calls) for number, block in enumerate(inner.layers))
     ids = torch.full(embeddings.shape[:2], token, device=embeddings.device)
     with _replaced(inner, embed_tokens=_Constant(embeddings), layers=recorders, norm=_AddTwo()):
         output = inner(input_ids=ids, use_cache=False).last_hidden_state
-    if [call.index for call in calls] != list(range(len(recorders))):
+    if [call.number for call in calls] != list(range(len(recorders))):
         raise UsageError("it does not call each of its blocks once, in their order")
     # Each recorder added 1 and the norm 2: whatever else happens to hidden states on the way would show.
     first = expected = calls[0].hidden

@@ -81,8 +81,8 @@ class StoredWeights:
             match = _EXPERT.fullmatch(name)
             if match and pattern is not None and isinstance(self._converter[pattern].operations[0], MergeModulelist):
                 kinds.setdefault(f"{match[1]}*{match[3]}", {})[int(match[2])] = name
-        wanted = range(self._places[target].shape[0])
         for kind, names in kinds.items():
+            wanted = range(self._places[target].shape[0])
             self.missing += [kind.replace("*", str(number)) for number in wanted if number not in names]
             self.unknown += [name for number, name in names.items() if number not in wanted]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import platform
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ from cadapter.models.layers import CarrierFormat
 from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.terminal import note
-from cadapter.training.distributed import GradientGroups, World, new_group, on_main, sum_over_world
+from cadapter.training.caching import prepare_in_turn
+from cadapter.training.distributed import GradientGroups, World, new_group, sum_over_world
 from cadapter.training.engine import Pipeline
 from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout, stage_bounds
@@ -57,14 +56,8 @@ class Plan:
 
 
 def prepare_together(config: Config, world: World) -> PreparedData:
-    """Build the data caches on rank 0 while the others wait, then open them there too, without a word."""
-    found: list[PreparedData] = []
-    on_main(lambda: found.append(prepare_data(config)), world)
-    if not found:
-        silent = io.StringIO()
-        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-            found.append(prepare_data(config))
-    return found[0]
+    """Build the data's caches once on each machine that does not see those of rank 0, and open them everywhere."""
+    return prepare_in_turn(lambda: prepare_data(config), world)
 
 
 def load_base(config: Config, world: World, directory: Path | None = None) -> CausalLM:

@@ -168,14 +168,14 @@ def test_experts_of_one_kind_that_are_missing_are_refused(copied, name):
             del tensors[name]
 
     rewrite(directory, drop)
-    with pytest.raises(UsageError, match=rf"model\.layers\.2\.mlp\.experts(.|\n)*do not fit the config"):
+    with pytest.raises(UsageError, match=r"model\.layers\.2\.mlp\.experts(.|\n)*do not fit the config"):
         CausalLM(directory, torch.float32).block(2)
 
 
 def test_experts_of_another_shape_are_refused(copied):
     directory, name = copied("qwen3_moe"), "model.layers.2.mlp.experts.1.down_proj.weight"
     rewrite(directory, lambda tensors: tensors.update({name: torch.zeros(HIDDEN, 23)}))
-    with pytest.raises(UsageError, match="mlp.experts.down_proj(.|\n)*do not fit the config"):
+    with pytest.raises(UsageError, match=r"mlp\.experts\.down_proj(.|\n)*do not fit the config"):
         CausalLM(directory, torch.float32).block(2)
 
 

@@ -29,7 +29,7 @@ from tests.models.parity_worker import (
     global_batch,
 )
 from tests.reference import controlled_model
-from tests.tiny_models import CONFIGS, HIDDEN, LAYERS, VOCAB, WINDOW, make_model
+from tests.tiny_models import CONFIGS, HIDDEN, VOCAB, WINDOW, make_model
 from tests.tiny_pipeline import hugging_faces, randomise, references
 
 pytestmark = pytest.mark.processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -434,7 +433,7 @@ def test_a_forward_pass_that_is_not_embedding_blocks_and_norm_is_refused(inner, 
 
 @pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x + 1, torch.tanh, lambda x: x.softmax(-1)])
 def test_logits_that_are_changed_in_an_unknown_way_are_refused(change):
-    with pytest.raises(UsageError, match="^it changes its logits in a way that is not known$"):
+    with pytest.raises(UsageError, match=r"^it changes its logits in a way that is not known$"):
         facts_of(with_head(change))
 
 
@@ -457,7 +456,7 @@ def test_a_model_without_its_parts_is_refused(skeleton, reason):
 def test_a_head_with_a_bias_is_refused():
     skeleton = Skeleton()
     skeleton.lm_head = nn.Linear(HIDDEN, VOCAB)
-    with pytest.raises(UsageError, match="^its lm_head has a bias$"):
+    with pytest.raises(UsageError, match=r"^its lm_head has a bias$"):
         facts_of(skeleton)
 
 

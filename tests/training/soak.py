@@ -451,7 +451,7 @@ def report(outcome: Outcome) -> str:
     others = [(kill.seconds or 0.0) for kill in ended if kill.victim != "all"]
     lines = [
         f"kills {len(outcome.kills)}, inside a checkpoint write {outcome.inside} "
-        f"(of which {sum(bool(kill.torn) for kill in outcome.kills)} left one half written)",
+        f"(of which {sum(kill.inside and bool(kill.torn) for kill in outcome.kills)} left one half written)",
         f"resumes {outcome.resumes}, completed runs {len(outcome.runs)}, "
         f"moments missed because the run ended first {outcome.missed}",
         f"differing bits {sum(run.differing_bits for run in outcome.runs)}, "

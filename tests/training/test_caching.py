@@ -64,6 +64,7 @@ def test_a_machine_with_a_cache_of_its_own_builds_it_once(tmp_path: Path, model:
     assert [found[rank][2] for rank in range(4)] == [str(root / ".cadapter-cache") for root in roots for _ in "12"]
 
 
+@pytest.mark.slow
 def test_other_data_on_another_machine_are_refused(tmp_path: Path, model: Path) -> None:
     roots = [a_project(tmp_path / name, model, seed) for seed, name in enumerate(("one", "other"))]
     codes, said, found = prepared(*roots)

@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(value):
     assert not torch.isfinite(gradients.squared_norm(CPU))
 
 
-@pytest.mark.parametrize(("factor", "used"), [(0.3, 0.3), (0.999, 0.999), (1.0, 1.0), (40.0, 1.0)])
+@pytest.mark.parametrize(("factor", "used"), [(0.3, 0.3), (0.999, 0.999), (1.0, 1.0), (1.5, 1.0)])
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,)], ids=["float32", "bfloat16"])
 def test_what_the_optimiser_gets_is_clipped_and_rounded_once(dtypes, factor, used):
     """The sum over micro-batches is made smaller before it takes the parameter's dtype."""
