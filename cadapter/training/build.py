@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Recompute, decide
+from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.stages import StageBuilder
 from cadapter.training.state import Position, check_facts, load_checkpoint
@@ -151,8 +153,14 @@ def check_stored(model: CausalLM, layout: Layout, world: World) -> str:
     return in_words(stored)
 
 
-def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Path | None) -> Run:
-    """Load this process's stage and make or restore everything that training needs."""
+def build_run(
+    plan: Plan, world: World, directory: RunDirectory, resume_from: Path | None, given: Collection[str] = ()
+) -> Run:
+    """Load this process's stage and make or restore everything that training needs.
+
+    Args:
+        given: keys of the config that ``--set`` names, which may differ from the checkpoint's.
+    """
     config, layout, builder = plan.config, plan.layout, plan.builder
     weights = config.class_weights
     settings = LossSettings(
@@ -176,7 +184,7 @@ def build_run(plan: Plan, world: World, directory: RunDirectory, resume_from: Pa
         plan.mode.load(pipeline.layers(), Path(config.init_from))
     if resume_from is not None:
         saved = load_checkpoint(resume_from)
-        check_facts(saved, facts)
+        check_facts(saved, facts, excused_facts(given))
         position = saved.position
         if position.step >= plan.steps.total_steps:
             raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from cadapter.config import Config
@@ -17,7 +17,8 @@ FREE = frozenset(
     }
 )  # fmt: skip
 """Keys that change where a run happens, how long it is or how it is laid out, and not what a step does. What follows
-from them and does matter (sequences a step, the model's shape) is compared by itself."""
+from them and does matter (sequences a step, the model's shape) is compared by itself, and so are the texts, wherever
+their files lie."""
 
 EXCUSED_BY = {
     "seed": {"seed"},
@@ -41,12 +42,12 @@ def given_keys(overrides: Iterable[str]) -> set[str]:
     return {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
 
 
-def excused_facts(given: set[str]) -> set[str]:
+def excused_facts(given: Collection[str]) -> set[str]:
     """The facts that may differ from the checkpoint's, since ``--set`` says so."""
-    return {fact for fact, keys in EXCUSED_BY.items() if keys & given}
+    return {fact for fact, keys in EXCUSED_BY.items() if not keys.isdisjoint(given)}
 
 
-def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: set[str], where: str) -> list[str]:
+def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: Collection[str], where: str) -> list[str]:
     """Return what differs, a line for each key with both values.
 
     Args:
@@ -57,9 +58,10 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: se
     Raises:
         UsageError: a key that changes what a step does differs, and ``--set`` does not name it.
     """
-    differing = {key: (saved[key], value) for key, value in now.items() if key in saved and saved[key] != value}
-    lines = {key: f"{key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in differing.items()}
-    refused = [line for key, line in lines.items() if key not in FREE and key not in given]
+    old, new = dict(_flat(saved)), dict(_flat(now))
+    differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    lines = {key: f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now" for key in differing}
+    refused = [lines[key] for key in differing if not _may_change(key, given)]
     if refused:
         raise UsageError(
             f"{where} was written with other settings, and going on would not be the same run:\n"
@@ -68,3 +70,21 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: se
             "the new value."
         )
     return list(lines.values())
+
+
+def _may_change(key: str, given: Collection[str]) -> bool:
+    first, _, rest = key.partition(".")
+    return first in FREE or first in given or rest.endswith("dataset_path")
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys as --set spells them, "datasets.1.control_class", with their values."""
+    if isinstance(value, Mapping):
+        parts = [(str(name), part) for name, part in value.items()]
+    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        parts = [(str(number), part) for number, part in enumerate(value)]
+    else:
+        yield key, value
+        return
+    for name, part in parts:
+        yield from _flat(part, f"{key}.{name}" if key else name)

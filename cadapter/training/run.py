@@ -16,8 +16,10 @@ from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, joined_world, on_main, sum_over_world
 from cadapter.training.report import Reporter
+from cadapter.training.resuming import compare_settings, given_keys, settings_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
+from cadapter.training.state import load_checkpoint
 from cadapter.training.trainer import Trainer
 
 GIB = 2**30
@@ -52,6 +54,9 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
     if world.is_main:
         for text in config_warnings(config):
             warn(text)
+    given = given_keys(options.overrides)
+    if resume_from is not None:
+        _tell_changes(config, resume_from, given, world)
     plan = plan_run(config, world, resume_from)
     if world.is_main:
         show_plan(plan)
@@ -62,7 +67,7 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
     if options.resume and world.is_main:
         note(f"Resuming from {resume_from}." if resume_from else "No checkpoint to resume from: starting afresh.")
     started = time.monotonic()
-    run = build_run(plan, world, directory, resume_from)
+    run = build_run(plan, world, directory, resume_from, given)
     if world.is_main:
         read = plan.model.checkpoint.bytes_read / GIB
         note(f"Loaded this stage's layers in {time.monotonic() - started:.1f} s ({read:.2f} GiB read).")
@@ -84,6 +89,14 @@ def _train(config: Config, source: Path, options: TrainOptions, world: World) ->
         # The run's own config.toml is the config as given: what was overridden has to be given again.
         again = shlex.join(part for override in options.overrides for part in ("--set", override))
         note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
+
+
+def _tell_changes(config: Config, resume_from: Path, given: set[str], world: World) -> None:
+    """Say which settings differ from the checkpoint's; refuse those that would make it another run."""
+    saved = load_checkpoint(resume_from).settings
+    for line in compare_settings(saved, settings_of(config), given, str(resume_from)):
+        if world.is_main:
+            note(f"Changed since the checkpoint: {line}.")
 
 
 def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world: World) -> Path | None:

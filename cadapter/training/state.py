@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,11 +60,12 @@ class Position:
 
 @dataclass
 class Saved:
-    """A checkpoint read back: position, facts the run depended on, and where Adam's moments are."""
+    """A checkpoint read back: position, facts the run depended on, its config, and where Adam's moments are."""
 
     path: Path
     position: Position
     facts: dict[str, Any]
+    settings: dict[str, Any]
 
     def moments(self, names: list[str]) -> dict[str, Tensor]:
         """Those of the named tensors of the optimiser's state that there are.
@@ -114,6 +115,7 @@ def save_checkpoint(
     parts: Iterable[dict[str, Tensor]],
     writer_into: Callable[[Path], PartWriter],
     keep: int,
+    settings: dict[str, Any],
 ) -> Path:
     """Write checkpoint ``step-NNNNNN`` under ``directory``, then remove all but the newest ``keep``.
 
@@ -124,6 +126,7 @@ def save_checkpoint(
         parts: of what is trained, and of the optimiser's state (see :func:`tagged`), mixed.
         writer_into: makes the writer of what is trained.
         keep: how many checkpoints stay.
+        settings: the run's config.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step-{position.step:06d}"
@@ -137,7 +140,8 @@ def save_checkpoint(
             else:
                 writer.add(part)
         writer.finish()
-        write_json(temporary / STATE_FILE, {"format": FORMAT, "position": asdict(position), "facts": facts})
+        state = {"format": FORMAT, "position": asdict(position), "facts": facts, "settings": settings}
+        write_json(temporary / STATE_FILE, state)
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
         write_json(temporary / MANIFEST_FILE, manifest)
@@ -189,21 +193,21 @@ def load_checkpoint(path: Path) -> Saved:
         state = json.loads((path / STATE_FILE).read_text("utf-8"))
         if state["format"] != FORMAT:
             raise UsageError(f"{path} has format {state['format']}; this cadapter reads format {FORMAT}.")
-        return Saved(path, Position(**state["position"]), state["facts"])
+        return Saved(path, Position(**state["position"]), dict(state["facts"]), dict(state["settings"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
-def check_facts(saved: Saved, facts: dict[str, Any]) -> None:
+def check_facts(saved: Saved, facts: dict[str, Any], excused: Collection[str] = ()) -> None:
     """Make sure that a resume continues the same run.
 
     Raises:
-        UsageError: naming each fact that differs, with both values.
+        UsageError: naming each fact that differs and is not ``excused``, with both values.
     """
     differing = [
         f"  {name}: {saved.facts.get(name)!r} in the checkpoint, {value!r} now"
         for name, value in facts.items()
-        if saved.facts.get(name) != value
+        if saved.facts.get(name) != value and name not in excused
     ]
     if differing:
         raise UsageError(

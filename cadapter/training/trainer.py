@@ -29,6 +29,7 @@ from cadapter.training.losses import SUMS, TrainingLoss
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
 from cadapter.training.report import Reporter
+from cadapter.training.resuming import settings_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.schedule import evaluation_steps, schedule_factor
 from cadapter.training.signals import StopSignals
@@ -283,7 +284,8 @@ class Trainer:
 
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
             kept = run.config.max_checkpoints
-            save_checkpoint(run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept)
+            settings = settings_of(run.config)
+            save_checkpoint(run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept, settings)
 
         parts = chain(run.mode.parts(run.pipeline.layers()), moments)
         stream_to_main(parts, run.layout.stage_leaders(), run.world, write)

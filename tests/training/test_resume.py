@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -158,22 +159,44 @@ def test_a_damaged_newest_checkpoint_is_passed_over(own_project: Project, straig
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("change", "values"),
+    ("key", "value", "meant", "said"),
     [
-        ("sequence_len=128", ("sequence_len: 64 in the checkpoint, 128 now",)),
-        ("micro_batch_size=2", ("sequences per step: 8 in the checkpoint, 16 now",)),
-        ("lora_rank=8", ("lora_rank: 4 in the checkpoint, 8 now",)),
-        ("control_site=mlp", ("control_site: 'block' in the checkpoint, 'mlp' now",)),
-        ("max_steps=20", ("is the end of this run already: 20 of 20 steps",)),
+        ("sequence_len", 128, False, "sequence_len: 64 in the checkpoint, 128 now"),
+        ("lr", 0.5, False, "lr: "),
+        ("micro_batch_size", 2, False, "sequences per step: 8 in the checkpoint, 16 now"),
+        ("lora_rank", 8, True, "lora_rank: 4 in the checkpoint, 8 now"),
+        ("control_site", "mlp", True, "control_site: 'block' in the checkpoint, 'mlp' now"),
+        ("max_steps", 20, True, "is the end of this run already: 20 of 20 steps"),
     ],
 )
-def test_a_changed_run_is_not_resumed(project: Project, straight: Path, change: str, values: tuple[str, ...]) -> None:
-    before = listing(straight)
-    done = run("train", project.root / "straight.toml", "--resume-from-checkpoint", "--set", change)
+def test_a_changed_run_is_not_resumed(
+    project: Project, straight: Path, key: str, value: Any, meant: bool, said: str
+) -> None:
+    """``meant``: --set names the key, which is not enough where the checkpoint does not fit."""
+    before, config = listing(straight), project.root / "straight.toml"
+    options = ["--set", f"{key}={json.dumps(value)}"] if meant else []
+    if not meant:
+        config = project.write_config(f"straight-{key}", **{**KEYS, key: value, "output_dir": str(straight)})
+    done = run("train", config, "--resume-from-checkpoint", *options)
     assert done.returncode == 2, done.stdout + done.stderr
-    for value in values:
-        assert value in done.stderr
+    assert said in done.stderr
     assert listing(straight) == before
+
+
+@pytest.mark.processes
+def test_a_change_that_set_names_is_said_and_made(own_project: Project, straight: Path) -> None:
+    config = own_project.write_config("meant", **KEYS)
+    shutil.copytree(straight, own_project.root / "meant")
+    changes = ("lr=1e-4", "max_steps=21", "micro_batch_size=2", "checkpoint_interval_steps=100")
+    words = [part for change in changes for part in ("--set", change)]
+    done = run_well("train", config, "--resume-from-checkpoint", *words)
+    for said in ("lr: ", "max_steps: 20 in the checkpoint, 21 now", "micro_batch_size: 1 in the checkpoint, 2 now"):
+        assert f"Changed since the checkpoint: {said}" in done.stdout
+    lines = metrics(own_project.root / "meant", "train")
+    assert [line["step"] for line in lines] == list(range(1, 22))
+    before, after = lines[19], lines[20]
+    assert after["train/lr"] < before["train/lr"]
+    assert after["tokens"] - before["tokens"] == pytest.approx(2 * (before["tokens"] - lines[18]["tokens"]), rel=0.2)
 
 
 @pytest.mark.processes

@@ -21,6 +21,7 @@ from cadapter.training.state import (
     tagged,
 )
 
+SETTINGS = {"lr": 1e-3}
 FACTS = {"seed": 42, "layers": [0, 1], "training data": "abc"}
 ADAPTER, FIRST, SECOND = "adapter_model.safetensors", "optimizer-00001.safetensors", "optimizer-00002.safetensors"
 Part = dict[str, Tensor]
@@ -60,7 +61,8 @@ def parts_of(step: int) -> Iterator[Part]:
 def save(directory: Path, step: int, keep: int = 3, parts: Iterable[Part] | None = None) -> Path:
     """Write a checkpoint of two stages."""
     position = Position(step=step, tokens=10 * step, seconds=1.5, best_loss=2.5, evaluated=step, skipped=1)
-    return save_checkpoint(directory, position, FACTS, parts_of(step) if parts is None else parts, ByteWriter, keep)
+    found = parts_of(step) if parts is None else parts
+    return save_checkpoint(directory, position, FACTS, found, ByteWriter, keep, SETTINGS)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -70,6 +72,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     saved = load_checkpoint(path)
     assert saved.position == Position(step=7, tokens=70, seconds=1.5, best_loss=2.5, evaluated=7, skipped=1)
     assert saved.facts == FACTS
+    assert saved.settings == SETTINGS
     assert fault_of(path) is None
     assert (path / ADAPTER).read_bytes() == 2 * adapter_part(7)["control_A"].numpy().tobytes()
 
@@ -176,7 +179,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer, parts,
     first = save(tmp_path, 5)
     content = {file.name: file.read_bytes() for file in first.iterdir()}
     with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path, Position(step=step), FACTS, parts(6), writer, keep=1)
+        save_checkpoint(tmp_path, Position(step=step), FACTS, parts(6), writer, keep=1, settings=SETTINGS)
     assert list(tmp_path.iterdir()) == [first]
     assert {file.name: file.read_bytes() for file in first.iterdir()} == content
     assert fault_of(first) is None
