@@ -37,7 +37,7 @@ from cadapter.training.recompute import Recompute, decide
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.stages import StageBuilder
-from cadapter.training.state import Position, check_facts, load_checkpoint
+from cadapter.training.state import Position, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
 
 RECORDED_VERSIONS = ("torch", "deepspeed", "transformers", "torch-optimi", "safetensors", "pyarrow")
@@ -186,7 +186,9 @@ def build_run(
         saved = load_checkpoint(resume_from)
         check_facts(saved, facts, excused_facts(given))
         position = saved.position
-        if position.step >= plan.steps.total_steps:
+        # Killed after its last checkpoint, a run has still to write final/.
+        left_to_write = position.step == plan.steps.total_steps and not is_written_out(resume_from, directory.final)
+        if position.step >= plan.steps.total_steps and not left_to_write:
             raise UsageError(
                 f"{resume_from} is the end of this run already: {position.step} of {plan.steps.total_steps} steps.\n"
                 "Raise epochs or max_steps to go on."

@@ -49,7 +49,7 @@ def signal_workers(job: str, number: int) -> int:
     return told
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> Callable[[], None]:
     """What a child does first, so that it is told to stop when this process dies without a word."""
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -66,7 +66,7 @@ def run_job(command: Sequence[str], environment: Mapping[str, str], tell: Callab
     """
     received: list[int] = []
     # A session of its own: Ctrl-C reaches the workers through us alone, not the launcher, which would kill them.
-    job = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent())
+    job = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent())
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         if number != signal.SIGUSR1:

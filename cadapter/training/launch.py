@@ -25,7 +25,7 @@ from cadapter.config import check_layout
 from cadapter.errors import UsageError
 from cadapter.terminal import note
 from cadapter.training import nodes, over_ssh
-from cadapter.training.job import JOB, run_job, signal_workers
+from cadapter.training.job import JOB, end_with_parent, run_job, signal_workers
 from cadapter.training.nodes import DEFAULT_PORT, Node
 from cadapter.training.tasks import Task, task_of
 
@@ -261,6 +261,8 @@ def relaunched(options: LaunchOptions, stages: int, arguments: Sequence[str]) ->
     # Until a trainer listens, a request to save kills nobody; the processes started here inherit that.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if inside_a_job():
+        if JOB in os.environ:  # the parent is the launcher, which may be killed together with the command
+            end_with_parent()()
         return None
     task = task_of(os.environ)
     if task is not None and options.node_rank is None:

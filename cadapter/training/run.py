@@ -42,14 +42,14 @@ def train(config: Config, source: Path, options: TrainOptions) -> None:
         UsageError: something does not go together; nothing was written.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    with joined_world() as world:
-        _train(config, source, options, world)
+    directory = RunDirectory(Path(config.output_dir))
+    with joined_world() as world, contextlib.closing(directory):
+        _train(config, source, options, directory, world)
 
 
-def _train(config: Config, source: Path, options: TrainOptions, world: World) -> None:
+def _train(config: Config, source: Path, options: TrainOptions, directory: RunDirectory, world: World) -> None:
     signals = StopSignals()
     config_text = source.read_text("utf-8")
-    directory = RunDirectory(Path(config.output_dir))
     resume_from = _checkpoint_to_resume(directory, options, world)
     if world.is_main:
         for text in config_warnings(config):
@@ -104,8 +104,11 @@ def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world:
     found = [""]
 
     def look() -> None:
+        if not options.dry_run:
+            directory.claim()
+        tidied = directory.tidy_up() if options.resume and not options.dry_run else []
         checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
-        for remark in remarks:
+        for remark in [*tidied, *remarks]:
             warn(remark)
         found[0] = str(checkpoint or "")
 

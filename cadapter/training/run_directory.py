@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,34 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.best = path / "best"
+        self._claim: int | None = None
+
+    def claim(self) -> None:
+        """Keep other runs out until :meth:`close`, or until this process ends, however that happens.
+
+        A file system without locks (some network ones) lets everyone in. Nothing is written.
+
+        Raises:
+            UsageError: another process is training there.
+        """
+        if self._claim is not None or not self.path.is_dir():
+            return
+        self._claim = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UsageError(
+                f"Another process is training in {self.path}.\nStop it, or choose another output_dir."
+            ) from None
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Let others in."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def epoch(self, number: int) -> Path:
         """Where the adapter after epoch ``number`` (from 1) is written."""
@@ -29,6 +59,15 @@ class RunDirectory:
         """What is there of a run."""
         known = [self.path / name for name in PARTS]
         return [path for path in [*known, *self.path.glob("epoch[0-9]*")] if path.exists()]
+
+    def tidy_up(self) -> list[str]:
+        """Claim the directory and clean up what a killed run left there; return a remark for each.
+
+        Raises:
+            UsageError: another process is training there.
+        """
+        self.claim()
+        return [*tidy(self.path), *tidy(self.checkpoints)]
 
     def checkpoint_to_resume(self, resume: bool, force: bool) -> tuple[Path | None, list[str]]:
         """Return the newest valid checkpoint if this is a resume, with remarks about damaged ones.
@@ -40,10 +79,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output_dir = {self.path} is a file.")
         if resume:
-            tidied = [*tidy(self.path), *tidy(self.checkpoints)]
             checkpoint, remarks = newest_checkpoint(self.checkpoints)
-            remarks = [*tidied, *remarks]
-            if checkpoint is None and len(remarks) > len(tidied) and not force:
+            if checkpoint is None and remarks and not force:
                 raise UsageError(
                     "No checkpoint can be resumed from:\n" + "\n".join(f"  {remark}" for remark in remarks) + "\n"
                     "Start the run again with --force, which replaces it."
@@ -69,9 +106,9 @@ class RunDirectory:
             trial.unlink()
         except OSError as error:
             raise UsageError(f"output_dir = {self.path} cannot be written: {error.strerror}.") from error
+        self.claim()
         if fresh:
-            for place in (self.path, self.checkpoints):
-                tidy(place)
+            self.tidy_up()
             for part in self.parts():
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 

@@ -198,6 +198,17 @@ def load_checkpoint(path: Path) -> Saved:
         raise UsageError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
+def is_written_out(checkpoint: Path, directory: Path) -> bool:
+    """Whether ``directory`` holds, file by file, what was trained until ``checkpoint``."""
+    manifest = json.loads((checkpoint / MANIFEST_FILE).read_text("utf-8"))
+    own = [name for name in manifest if name == STATE_FILE or name.startswith(f"{OPTIMISER_STEM}-")]
+    return all(
+        (directory / name).is_file() and _digest(directory / name) == entry["sha256"]
+        for name, entry in manifest.items()
+        if name not in own
+    )
+
+
 def check_facts(saved: Saved, facts: dict[str, Any], excused: Collection[str] = ()) -> None:
     """Make sure that a resume continues the same run.
 
