@@ -125,7 +125,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest() -> None:
         ("raise CheckFailed('norm too large')", 1, "error: norm too large\n"),
         ("raise Stopped('stopped after step 3', 15)", 143, "stopped after step 3\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", 130, "interrupted\n"),
+        ("signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2); signal.pause()", 130, "interrupted\n"),
         (
             "{}['lost']",
             1,

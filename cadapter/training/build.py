@@ -37,7 +37,7 @@ from cadapter.training.recompute import Recompute, decide
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.stages import StageBuilder
-from cadapter.training.state import Position, check_facts, is_written_out, load_checkpoint
+from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
 
 RECORDED_VERSIONS = ("torch", "deepspeed", "transformers", "torch-optimi", "safetensors", "pyarrow")
@@ -161,7 +161,8 @@ def build_run(
     Args:
         given: keys of the config that ``--set`` names, which may differ from the checkpoint's.
     """
-    config, layout, builder = plan.config, plan.layout, plan.builder
+    config, layout, builder, facts = plan.config, plan.layout, plan.builder, run_facts(plan)
+    saved = None if resume_from is None else _saved(plan, facts, directory, resume_from, given)
     weights = config.class_weights
     settings = LossSettings(
         positive=weights.positive,
@@ -179,22 +180,11 @@ def build_run(
     trained = plan.mode.trained(pipeline.layers())
     parameters = trained.parameters()
     optimiser = Optimiser(parameters, (config.beta1, config.beta2), config.eps)
-    facts, position = run_facts(plan), Position()
-    if config.init_from is not None and resume_from is None:
-        plan.mode.load(pipeline.layers(), Path(config.init_from))
-    if resume_from is not None:
-        saved = load_checkpoint(resume_from)
-        check_facts(saved, facts, excused_facts(given))
-        position = saved.position
-        # Killed after its last checkpoint, a run has still to write final/.
-        left_to_write = position.step == plan.steps.total_steps and not is_written_out(resume_from, directory.final)
-        if position.step >= plan.steps.total_steps and not left_to_write:
-            raise UsageError(
-                f"{resume_from} is the end of this run already: {position.step} of {plan.steps.total_steps} steps.\n"
-                "Raise epochs or max_steps to go on."
-            )
-        plan.mode.load(pipeline.layers(), resume_from)
+    if saved is not None:
+        plan.mode.load(pipeline.layers(), saved.path)
         optimiser.load_state(saved.moments)
+    elif config.init_from is not None:
+        plan.mode.load(pipeline.layers(), Path(config.init_from))
     return Run(
         config=config,
         world=world,
@@ -212,8 +202,28 @@ def build_run(
         evaluation=_evaluation(plan),
         evaluation_accumulation=_evaluation_accumulation(config),
         facts=facts,
-        position=position,
+        position=Position() if saved is None else saved.position,
     )
+
+
+def _saved(
+    plan: Plan, facts: dict[str, Any], directory: RunDirectory, checkpoint: Path, given: Collection[str]
+) -> Saved:
+    """Read a checkpoint and make sure, before any weight is read, that the run can go on from it.
+
+    Raises:
+        UsageError: it is of another run, or the run is done.
+    """
+    saved, total = load_checkpoint(checkpoint), plan.steps.total_steps
+    check_facts(saved, facts, excused_facts(given))
+    # Killed after its last checkpoint, a run has still to write final/.
+    left_to_write = saved.position.step == total and not is_written_out(checkpoint, directory.final)
+    if saved.position.step >= total and not left_to_write:
+        raise UsageError(
+            f"{checkpoint} is the end of this run already: {saved.position.step} of {total} steps.\n"
+            "Raise epochs or max_steps to go on."
+        )
+    return saved
 
 
 def _gradient_dtype(config: Config) -> torch.dtype:
