@@ -23,6 +23,8 @@ def prepare_in_turn(prepare: Callable[[], PreparedData], world: World) -> Prepar
     Raises:
         UsageError: a machine has other data than rank 0.
     """
+    if world.size == 1:
+        return prepare()
     first_here = world.local_rank == 0 and not world.is_main
     if first_here:
         note(f"{socket.gethostname()}: waiting for rank 0, which prepares the data.")
