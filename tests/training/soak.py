@@ -260,9 +260,9 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def position(checkpoint: Path) -> dict[str, Any]:
-    """state.json without what a clock says, and where the run is written."""
+    """state.json without what a clock says, and without the config, which keeps more checkpoints of one of the runs."""
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))
-    del state["position"]["seconds"], state["settings"]["output_dir"]
+    del state["position"]["seconds"], state["settings"]
     return state
 
 
