@@ -35,36 +35,51 @@ class Portion:
 
 
 def split_documents(
-    lengths: np.ndarray, keys: np.ndarray, eval_fraction: float, max_tokens: int | None = None
+    lengths: np.ndarray, keys: np.ndarray, eval_fraction: float, max_tokens: int | None = None, whole: bool = False
 ) -> tuple[Portion, Portion]:
     """Split the documents of one dataset into (training, evaluation).
 
     With ``max_tokens`` the dataset is first reduced to so many tokens: whole documents in the order of their keys,
-    the last one cut to fit. Of n documents, ``eval_fraction·n`` (rounded, at least one, never all) are held out; of
-    a single document, its last tokens in that proportion. ``eval_fraction`` 0 holds out nothing.
+    the last one cut to fit, or, where documents are to stay ``whole``, left out. Of n documents, ``eval_fraction·n``
+    (rounded, at least one, never all) are held out; of a single document that may be cut, its last tokens in that
+    proportion. Documents with the same key (the same text, or a pair) are held out together. ``eval_fraction`` 0 holds
+    out nothing.
 
     Args:
         lengths: [n] tokens of each document.
         keys: [n] uint64, :func:`document_key` of each.
     """
-    order = np.lexsort((np.arange(len(keys)), keys))
+    order = np.argsort(keys, kind="stable")
     stops = lengths.astype(np.int64)
     if max_tokens is not None:
-        before = np.cumsum(stops[order]) - stops[order]
-        stops[order] = np.clip(max_tokens - before, 0, stops[order])
-        order = order[before < max_tokens]
+        upto = np.cumsum(stops[order])
+        if whole:
+            order = order[: _between_keys(keys[order], int(np.searchsorted(upto, max_tokens, side="right")))]
+        else:
+            before = upto - stops[order]
+            stops[order] = np.clip(max_tokens - before, 0, stops[order])
+            order = order[before < max_tokens]
     starts = np.zeros_like(stops)
 
     def portion(documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Portion:
         documents = np.sort(documents)
         return Portion(documents, starts[documents], stops[documents])
 
-    if len(order) == 1:
+    if len(order) == 1 and not whole:
         cut = stops - _held_out(eval_fraction, int(stops[order[0]]))
         held = order if cut[order[0]] < stops[order[0]] else order[:0]
         return portion(order, starts, cut), portion(held, cut, stops)
     count = _held_out(eval_fraction, len(order))
+    own = keys[order]
+    if 0 < count < len(own) and own[count] == own[count - 1]:
+        after = int(np.searchsorted(own, own[count], side="right"))
+        count = after if after < len(own) else _between_keys(own, count)
     return portion(order[count:], starts, stops), portion(order[:count], starts, stops)
+
+
+def _between_keys(keys: np.ndarray, count: int) -> int:
+    """Return ``count``, or, where a key stands on both sides of it, how many come before that key."""
+    return int(np.searchsorted(keys, keys[count])) if 0 < count < len(keys) else count
 
 
 def _held_out(eval_fraction: float, count: int) -> int:

@@ -19,7 +19,7 @@ from cadapter.data.batches import (
     evaluation_batches,
     micro_batch,
 )
-from cadapter.data.packing import Layout, Pieces, pack
+from cadapter.data.packing import Layout, Pieces, in_a_row, pack
 from cadapter.data.sequences import PackedSequences
 
 LENGTH = 8
@@ -34,7 +34,9 @@ def sequences(count: int, seed: int = 0) -> PackedSequences:
     cuts = np.sort(rng.choice(np.arange(1, len(tokens)), len(tokens) // 5, replace=False))
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(tokens)]
     pieces = Pieces(starts, stops, rng.integers(-1, 2, len(starts)).astype(np.int8), np.zeros(len(starts), np.int16))
-    whole = next(pack(pieces, tokens, Layout(LENGTH, (1,), 0, (5, 6))))
+    layout = Layout(LENGTH, (1,), 0)
+    placement = in_a_row(pieces, tokens, layout, np.zeros(len(pieces), bool))
+    whole = next(pack(placement, tokens, ~np.isin(tokens, (5, 6)), layout))
     third = max(1, count // 3)
     return PackedSequences(
         [whole.select(np.arange(count)[low : low + third]) for low in range(0, count, third)], LENGTH

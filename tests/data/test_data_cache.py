@@ -14,7 +14,7 @@ import pytest
 
 from cadapter.config import Config
 from cadapter.data import PreparedData, prepare_data
-from cadapter.data.cache import DOCUMENTS, EVALUATION, FOLDER, MANIFEST, TRAIN
+from cadapter.data.cache import FILES, DOCUMENTS, EVALUATION, FOLDER, MANIFEST, TRAIN
 from cadapter.errors import CadapterError, UsageError
 from tests.data.conftest import MakeConfig, write_jsonl
 from tests.tiny_tokenizer import BOS, make_tokenizer
@@ -50,7 +50,7 @@ def test_new_then_hit(file: Path, make_config: MakeConfig) -> None:
     assert found.directories == built.directories
     assert [path.name for path in file.parent.iterdir() if path != file] == [FOLDER]
     assert sorted(path.name for path in built.directories[0].iterdir()) == sorted(
-        [TRAIN, EVALUATION, DOCUMENTS, MANIFEST]
+        [*FILES, MANIFEST]
     )
 
 
@@ -197,7 +197,7 @@ def test_an_interrupted_build_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("cadapter.data.cache.write_documents", interrupt)
+        patched.setattr("cadapter.data.arrow.write_documents", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_data(make_config({file: 1}))
     assert list(file.parent.iterdir()) == [file]
