@@ -128,9 +128,7 @@ def _alike(first: str, second: str) -> int:
 
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise UsageError(
-            f"{where}: messages must be a list of objects with 'role' and 'content', not {shown(messages)}."
-        )
+        raise UsageError(f"{where}: messages must be a list of objects with 'role' and 'content': {shown(messages)}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UsageError(f"{where}: message {number} must be an object with 'role' and 'content': {shown(message)}")

@@ -200,6 +200,7 @@ class Tokenizer:
                 first, last = _token_at(encoding, start, len(text)), _token_at(encoding, stop, len(text))
                 while first < last and encoding.token_to_chars(first)[0] < start:
                     first += 1
+                stop = encoding.token_to_chars(last - 1)[1] if first < last else stop
                 end = _token_at(encoding, start + len(text[start:stop].rstrip()), len(text))
                 if first < end < last and ids[end - 1] in self._special:
                     last = end

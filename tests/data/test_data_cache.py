@@ -14,7 +14,7 @@ import pytest
 
 from cadapter.config import Config
 from cadapter.data import PreparedData, prepare_data
-from cadapter.data.cache import FILES, DOCUMENTS, EVALUATION, FOLDER, MANIFEST, TRAIN
+from cadapter.data.cache import DOCUMENTS, EVALUATION, FILES, FOLDER, MANIFEST, TRAIN
 from cadapter.errors import CadapterError, UsageError
 from tests.data.conftest import MakeConfig, write_jsonl
 from tests.tiny_tokenizer import BOS, make_tokenizer
@@ -49,9 +49,7 @@ def test_new_then_hit(file: Path, make_config: MakeConfig) -> None:
     assert found.fingerprint == built.fingerprint
     assert found.directories == built.directories
     assert [path.name for path in file.parent.iterdir() if path != file] == [FOLDER]
-    assert sorted(path.name for path in built.directories[0].iterdir()) == sorted(
-        [*FILES, MANIFEST]
-    )
+    assert sorted(path.name for path in built.directories[0].iterdir()) == sorted([*FILES, MANIFEST])
 
 
 def test_a_hit_loads_no_tokenizer(file: Path, make_config: MakeConfig) -> None:
