@@ -25,8 +25,8 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja",
 )  # fmt: skip
 
-CHARACTERS_AT_ONCE = 1 << 21
-"""The tokenizer's own form of a token takes some hundred bytes: 60 MB for so many characters."""
+CHARACTERS_AT_ONCE = 1 << 20
+"""The tokenizer's own form of a token takes some hundred bytes: 100 MB for so many characters."""
 
 TokenSpec = str | int | Sequence[int] | None
 

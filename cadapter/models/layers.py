@@ -1,7 +1,7 @@
 """The pipeline's layers: token embedding, decoder blocks, final norm with head; and what travels between them.
 
 What crosses a stage boundary is defined here once, ``pack`` beside ``unpack``. Masks and rotary embeddings are
-functions of the sequence length alone and are made on each stage.
+functions of the sequence length, or of the positions where documents are isolated, and are made on each stage.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadapter.adapters.control import ControlledBlock, Transform
 from cadapter.adapters.lora import LoraBlock
@@ -27,12 +28,14 @@ class Carrier(NamedTuple):
         codes: which transform each position receives, [B, T] int8: in training its class.
         penalty: the neutral loss summed over the layers so far, [1] float32; None when no neutral examples train.
         dropout_rows: [B] int64, what dropout's masks are a function of; None without dropout.
+        positions: [B, T] int64, which begin again with each document; None where documents see those before them.
     """
 
     hidden: Tensor
     codes: Tensor
     penalty: Tensor | None
     dropout_rows: Tensor | None
+    positions: Tensor | None = None
 
 
 class CarrierFormat(NamedTuple):
@@ -40,6 +43,7 @@ class CarrierFormat(NamedTuple):
 
     penalty: bool = False
     dropout: bool = False
+    positions: bool = False
 
     def pack(self, carrier: Carrier) -> tuple[Tensor, ...]:
         """Return the flat tuple that the pipeline engine sends.
@@ -47,7 +51,7 @@ class CarrierFormat(NamedTuple):
         Floating-point tensors come first: the engine pools its receive buffers by place without looking at
         dtypes, and a float behind an integer can deadlock from three stages on.
         """
-        parts = [carrier.hidden, carrier.penalty, carrier.codes, carrier.dropout_rows]
+        parts = [carrier.hidden, carrier.penalty, carrier.codes, carrier.dropout_rows, carrier.positions]
         return tuple(part for part in parts if part is not None)
 
     def unpack(self, parts: tuple[Tensor, ...]) -> Carrier:
@@ -56,22 +60,30 @@ class CarrierFormat(NamedTuple):
         hidden = rest.pop(0)
         penalty = rest.pop(0) if self.penalty else None
         codes = rest.pop(0)
-        return Carrier(hidden, codes, penalty, rest.pop(0) if self.dropout else None)
+        dropout_rows = rest.pop(0) if self.dropout else None
+        return Carrier(hidden, codes, penalty, dropout_rows, rest.pop(0) if self.positions else None)
 
 
 class Frame:
     """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
 
-    It is what the model's own forward pass hands to its blocks (see :mod:`cadapter.models.shell`). In packed sequences
-    it depends on the sequence length alone, so it is found out once for each length.
+    It is what the model's own forward pass hands to its blocks (see :mod:`cadapter.models.shell`). Where documents see
+    those before them it depends on the sequence length alone, so it is found out once for each length. Where they are
+    isolated it depends on the positions: it is found out once for each micro-batch, and kept for as long as the
+    micro-batch's positions are, so that blocks that are computed again find it.
     """
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
         self._made: dict[int, list[dict[str, Any]]] = {}
+        self._isolated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
+    def arguments(self, hidden: Tensor, index: int, positions: Tensor | None = None) -> dict[str, Any]:
         """Return the keyword arguments for decoder block ``index`` on hidden states [B, T, H]."""
+        if positions is not None:
+            if positions not in self._isolated:
+                self._isolated[positions] = self._model.isolating_arguments(positions)
+            return self._isolated[positions][index]
         length = hidden.shape[1]
         if length not in self._made:
             self._made[length] = self._model.block_arguments(length)
@@ -88,13 +100,15 @@ class EmbeddingLayer(nn.Module):
         self.carrier = carrier
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64."""
-        input_ids, codes, rows = inputs
+        """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64, and positions where needed."""
+        input_ids, codes, rows, *positions = inputs
         hidden = self.embedding(input_ids)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
-        return self.carrier.pack(Carrier(hidden, codes, penalty, rows if self.carrier.dropout else None))
+        rows_carried = rows if self.carrier.dropout else None
+        where = positions[0] if self.carrier.positions else None
+        return self.carrier.pack(Carrier(hidden, codes, penalty, rows_carried, where))
 
 
 class DecoderLayer(nn.Module):
@@ -124,7 +138,7 @@ class DecoderLayer(nn.Module):
         return self.carrier.pack(carrier._replace(hidden=hidden, penalty=penalty))
 
     def _run(self, carrier: Carrier) -> tuple[Tensor, Tensor | None]:
-        arguments = self.frame.arguments(carrier.hidden, self.index)
+        arguments = self.frame.arguments(carrier.hidden, self.index, carrier.positions)
         if isinstance(self.block, LoraBlock):
             return self.block(carrier.hidden, dropout_rows=carrier.dropout_rows, **arguments), carrier.penalty
         if not isinstance(self.block, ControlledBlock):

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from cadapter.models.isolation import check_block
 from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer
 from cadapter.models.loading import CausalLM
 from cadapter.training.modes.base import Mode
@@ -41,7 +42,10 @@ class StageBuilder:
         return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier)
 
     def _block(self, index: int) -> nn.Module:
-        block = self.mode.wrap(self.model.block(index), index)
+        plain = self.model.block(index)
+        if self.carrier.positions:
+            check_block(self.model, plain, index)
+        block = self.mode.wrap(plain, index)
         return DecoderLayer(block, index, self._frame, self.carrier, self.recompute.block(index))
 
     def _last(self) -> nn.Module:

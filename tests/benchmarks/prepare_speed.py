@@ -51,7 +51,7 @@ def write_corpus(file: Path, megabytes: int, seed: int = 0) -> None:
     left = megabytes * 1_000_000
     with file.open("w", encoding="utf-8") as sink:
         while left > 0:
-            line = json.dumps({"text": ". ".join(draw.choices(sentences, k=25))}) + "\n"
+            line = json.dumps({"text": ". ".join(draw.choices(sentences, k=3))}) + "\n"
             left -= sink.write(line)
 
 
@@ -90,7 +90,9 @@ def compare(folder: Path, megabytes: int, rounds: int) -> None:
     for name, what in (("bare", "tokenizers.encode_batch"), ("whole", "reading to cache, all of it")):
         print(f"{what}: {statistics.median(rates[name]) / 1e6:.2f} M tokens/s (median of {rounds})")
     shares = [whole / alone for whole, alone in zip(rates["whole"], rates["bare"], strict=True)]
-    print(f"share of the bare tokenizer: median {statistics.median(shares):.2f}, {min(shares):.2f} to {max(shares):.2f}")
+    print(
+        f"share of the bare tokenizer: median {statistics.median(shares):.2f}, {min(shares):.2f} to {max(shares):.2f}"
+    )
 
 
 def time_packing(tokens: int, document: int) -> None:
