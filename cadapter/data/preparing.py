@@ -28,6 +28,9 @@ _SHARED_OPTIONS = (
 )  # fmt: skip
 _DATASET_OPTIONS = ("control_class", "overlength", "max_tokens", "max_sequences", "drop_tails")
 
+_LISTED = 100
+"""Of a dataset's bad records, how many are listed."""
+
 
 @dataclass(frozen=True)
 class DatasetReport:
@@ -162,6 +165,7 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
         PackedSequences.joined([getattr(entry, part) for entry in entries]) for part in ("train", "evaluation")
     )
     _warn_without_evaluation(config, reports)
+    _list_bad(reports)
     return PreparedData(
         train=train,
         evaluation=evaluation if len(evaluation) else None,
@@ -326,6 +330,17 @@ def _reports(stream: list[Dataset], entry: cache.Entry, hit: bool, reason: str) 
         )
         for dataset, statistics in zip(stream, entry.statistics["datasets"], strict=True)
     ]
+
+
+def _list_bad(reports: list[DatasetReport]) -> None:
+    for report in reports:
+        if report.bad_records:
+            listed = report.bad_records[:_LISTED]
+            more = len(report.bad_records) - len(listed)
+            rest = [f"… and {more:,} more"] if more else []
+            count = len(report.bad_records)
+            what = "1 record that cannot be used is" if count == 1 else f"{count:,} records that cannot be used are"
+            warn("\n".join([f"{report.path}: {what} left out (--skip-bad):", *listed, *rest]))
 
 
 def _warn_without_evaluation(config: Config, reports: list[DatasetReport]) -> None:

@@ -212,6 +212,21 @@ class Tokenizer:
         """Return the text of ``ids`` [n], special tokens spelled out."""
         return self.fast.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def decode_pieces(self, ids: np.ndarray, begins: np.ndarray) -> list[str]:
+        """Return the text of ``ids`` [n] in pieces, each from one of ``begins`` to the next.
+
+        A piece that ends within a character leaves all of it to the next.
+        """
+        pieces, begin = [], 0
+        for end in [*begins[1:], len(ids)]:
+            text = self.decode(ids[begin:end])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+                pieces.append("")
+            else:
+                pieces.append(text)
+                begin = end
+        return pieces
+
     def framing(self, config: Any) -> Framing:
         """Return ``config``'s prefixes, suffix and masked tokens as ids.
 
