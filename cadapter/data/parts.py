@@ -38,7 +38,7 @@ def _cut(text: str, at: int, encode: Callable[[str], list[int]]) -> int | None:
         if at < 0 or at + 1 == len(text):
             return None
         if text[at - 1].isalnum() and text[at + 1].isalnum():
-            before, after = text[at - _WINDOW : at], text[at : at + _WINDOW]
+            before, after = text[max(0, at - _WINDOW) : at], text[at : at + _WINDOW]
             if encode(before) + encode(after) == encode(before + after):
                 return at
         at += 1

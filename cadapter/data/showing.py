@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cadapter.data.preparing import PreparedData
 
 LABELS = {POSITIVE: "+1", NEGATIVE: "−1", NEUTRAL: "0"}
-COLOURS = {POSITIVE: "green", NEGATIVE: "red", NEUTRAL: "blue", NO_CLASS: ""}
+COLOURS = {POSITIVE: "green", NEGATIVE: "red", NEUTRAL: "bright_blue", NO_CLASS: ""}
 _CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
@@ -40,6 +40,7 @@ def show_sequences(data: PreparedData, count: int) -> None:
         title += f", {length - tokens:,} of padding" if tokens < length else ""
         screen.print(Text(title, "bold"), soft_wrap=True)
         screen.print(render(data, int(index), marks), soft_wrap=True)
+    screen.print()
 
 
 def _legend(marks: bool) -> Text:

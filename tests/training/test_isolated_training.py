@@ -36,8 +36,7 @@ def documents_of(packed: PackedSequences, row: int, prefix: int) -> list[tuple[l
     begins = np.flatnonzero(flags & DOCUMENT_START)
     cuts = [0, *(int(begin) for begin in begins if begin > prefix), len(ids)]
     return [
-        (ids[a:b].tolist(), classes[a:b].tolist(), ((flags[a:b] & TRAINED) != 0).tolist())
-        for a, b in pairwise(cuts)
+        (ids[a:b].tolist(), classes[a:b].tolist(), ((flags[a:b] & TRAINED) != 0).tolist()) for a, b in pairwise(cuts)
     ]
 
 
