@@ -198,3 +198,59 @@ def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
     assert next(documents).text == "a"
     with pytest.raises(UsageError, match="line 2"):
         next(documents)
+
+
+# ---- records that are left out ------------------------------------------------------------------------------------
+
+BAD = {
+    ".jsonl": (
+        b'{"text": "a"}\n{"text": 3}\nnothing\n[1]\n{"text": "\xff"}\n{}\n{"text": "b"}\n{"text": "\\ud800"}\n',
+        ["line 2", "line 3", "line 4", "line 5", "line 6", "line 8"],
+    ),
+    ".json": (
+        b'[{"text": "a"}, {"text": null}, 5, {"body": "c"}, {"text": "b"}]',
+        ["record 2", "record 3", "record 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", BAD)
+def test_bad_records_are_told_of_and_the_others_read(tmp_path: Path, ending: str) -> None:
+    data, places = BAD[ending]
+    file = tmp_path / f"a{ending}"
+    file.write_bytes(data)
+    assert read_all(file) == (["a", "b"], where(file, *places))
+
+
+def read_all(file: Path) -> tuple[list[str], list[str]]:
+    """The texts of a file, and the places of its bad records."""
+    told: list[str] = []
+    texts = []
+    fields = Fields()
+    for record in read_records([file], fields.needed, on_bad=lambda error: told.append(str(error))):
+        try:
+            texts += [document.text for document in documents_of(record, fields, 1, no_chat)]
+        except UsageError as error:
+            told.append(str(error))
+    return texts, [line.split(": ")[0] for line in told]
+
+
+def test_bad_rows_of_parquet(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", None, "b"]}), file)
+    assert read_all(file) == (["a", "b"], where(file, "row 2"))
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffb"))}), file)
+    assert read_all(file) == (["a", "b"], where(file, "row 2"))
+
+
+def test_an_enormous_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadapter.data.sources.LONGEST_LINE", 1 << 20)
+    file = tmp_path / "a.jsonl"
+    line = json.dumps({"text": "x" * (3 << 20)})
+    file.write_text(f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n')
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 2: the line is longer than 1 MiB"):
+        list(read_documents([file]))
+    assert read_all(file) == (["a", "b"], where(file, "line 2"))
+    file.write_text(line[: (1 << 20) - 3] + '"}')  # just as long as is allowed
+    assert len(read_all(file)[0]) == 1
