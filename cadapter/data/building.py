@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -54,20 +55,21 @@ def build_stream(
             store = write_store(
                 Path(folder), stream, tokenizer, framing, config.seed, config.sequence_len, on_bad, advance
             )
-        for file in (file for dataset in stream for file in dataset.files):
-            if not hashes[file].is_that_of(file):
-                raise UsageError(f"{file} changed while it was being read.\nRun the command again.")
-        portions = [_portions(config, dataset, number, store, layout) for number, dataset in enumerate(stream)]
-        train, evaluation = (_pieces(store, [pair[half] for pair in portions]) for half in (0, 1))
-        if config.mix_datasets:
-            train = train.select(shuffled(len(train), "mix", config.seed))
-        packed = [
-            _write_sequences(directory / file, config, stream, pieces, store, layout)
-            for file, pieces in ((cache.TRAIN, train), (cache.EVALUATION, evaluation))
-        ]
-        check_vocabulary(tokenizer.directory, max(each.largest for each in packed))
-        arrow.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout))
-        arrow.write_fingerprints(directory / cache.TEXTS, *_fingerprints(store, portions))
+        with closing(store):
+            for file in (file for dataset in stream for file in dataset.files):
+                if not hashes[file].is_that_of(file):
+                    raise UsageError(f"{file} changed while it was being read.\nRun the command again.")
+            portions = [_portions(config, dataset, number, store, layout) for number, dataset in enumerate(stream)]
+            train, evaluation = (_pieces(store, [pair[half] for pair in portions]) for half in (0, 1))
+            if config.mix_datasets:
+                train = train.select(shuffled(len(train), "mix", config.seed))
+            packed = [
+                _write_sequences(directory / file, config, stream, pieces, store, layout)
+                for file, pieces in ((cache.TRAIN, train), (cache.EVALUATION, evaluation))
+            ]
+            check_vocabulary(tokenizer.directory, max(each.largest for each in packed))
+            arrow.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout))
+            arrow.write_fingerprints(directory / cache.TEXTS, *_fingerprints(store, portions))
     counted = [_counted(store, number, train, held) for number, (train, held) in enumerate(portions)]
     return {
         "datasets": counted,
@@ -133,12 +135,13 @@ def _portions(
 
 def _pieces(store: TokenStore, portions: list[Portion]) -> Pieces:
     documents = np.concatenate([portion.documents for portion in portions])
-    begins = store.offsets[documents]
+    begins, starts = store.offsets[documents], np.concatenate([portion.starts for portion in portions])
     return Pieces(
-        starts=begins + np.concatenate([portion.starts for portion in portions]),
+        starts=begins + starts,
         stops=begins + np.concatenate([portion.stops for portion in portions]),
         classes=store.classes[documents],
         datasets=store.datasets[documents],
+        repeats=store.repeats[documents] & (starts == 0),
     )
 
 
@@ -164,10 +167,10 @@ def _write_sequences(
     # With nothing but such documents, a last sequence that would need padding is a tail as well.
     drop_last = bool(len(pieces) and drop_tails.all())
     cut, kept = pieces.select(~whole), pieces.select(whole)
-    placed = [in_a_row(cut, store.tokens, layout, drop_tails[~whole]), each_in_one(kept, store.tokens, layout)]
+    placed = [in_a_row(cut, layout, drop_tails[~whole]), each_in_one(kept, layout)]
     blocks: Iterator[SequenceBlock] = chain(
-        pack(placed[0], store.tokens, store.trained, layout, drop_last),
-        pack(placed[1], store.tokens, store.trained, layout),
+        pack(placed[0], store.read, layout, drop_last),
+        pack(placed[1], store.read, layout),
     )
     if not config.mix_datasets and stream[0].max_sequences is not None:
         limit = stream[0].max_sequences
@@ -175,7 +178,7 @@ def _write_sequences(
             limit = max(1, round(config.eval_fraction * limit))
         total = placed[0].sequences(layout, drop_last) + placed[1].sequences(layout)
         blocks = _sample(blocks, total, limit, config.seed)
-    counted = _Counted(blocks, store.release)
+    counted = _Counted(blocks)
     with progress("Packing", total=pieces.tokens, unit="tokens") as advance:
         arrow.write_sequences(file, counted, layout.sequence_len, advance)
     if file.name == cache.TRAIN:
@@ -189,11 +192,10 @@ def _write_sequences(
 
 
 class _Counted:
-    """Iterates over blocks, counts what went by, and calls ``after`` after each."""
+    """Iterates over blocks and counts what went by."""
 
-    def __init__(self, blocks: Iterator[SequenceBlock], after: Callable[[], None]) -> None:
+    def __init__(self, blocks: Iterator[SequenceBlock]) -> None:
         self._blocks = blocks
-        self._after = after
         self.sequences = self.tokens = self.positions = self.largest = 0
 
     def __iter__(self) -> Iterator[SequenceBlock]:
@@ -203,7 +205,6 @@ class _Counted:
             self.positions += int(block.counts.sum(dtype=np.int64))
             self.largest = max(self.largest, int(block.ids.max()))
             yield block
-            self._after()
 
 
 def _refuse_nothing(stream: list[Dataset], counted: _Counted, tokens: int, layout: Layout) -> None:
@@ -244,5 +245,6 @@ def alone(ids: np.ndarray, trained: np.ndarray | None, layout: Layout) -> tuple[
 
 
 def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    for start, stop, class_, dataset in zip(pieces.starts, pieces.stops, pieces.classes, pieces.datasets, strict=True):
-        yield int(dataset), int(class_), *alone(store.tokens[start:stop], store.trained[start:stop], layout)
+    for number in range(len(pieces)):
+        own = pieces.select(np.array([number]))
+        yield int(own.datasets[0]), int(own.classes[0]), *alone(*store.read(own.starts, own.stops), layout)

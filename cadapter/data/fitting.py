@@ -9,18 +9,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from cadapter.data.packing import Layout, Pieces, Placement, repeats_prefix
+from cadapter.data.packing import Layout, Pieces, Placement
 
 _DOCUMENTS_AT_ONCE = 1 << 16
 
 
-def each_in_one(pieces: Pieces, tokens: np.ndarray, layout: Layout) -> Placement:
+def each_in_one(pieces: Pieces, layout: Layout) -> Placement:
     """Place each of ``pieces`` within one sequence; what is left of a sequence is for padding.
 
     A document that begins with the sequence prefix loses it where a sequence begins with the document, as in
     :func:`~cadapter.data.packing.in_a_row`; without it, none is longer than a sequence has room for.
     """
-    repeats = repeats_prefix(pieces, tokens, layout)
     starts, lengths = pieces.starts.copy(), pieces.stops - pieces.starts
     at = np.zeros(len(pieces), np.int64)
     with_room: list[list[int]] = [[] for _ in range(layout.capacity + 1)]  # sequences, by how much room they have
@@ -39,7 +38,7 @@ def each_in_one(pieces: Pieces, tokens: np.ndarray, layout: Layout) -> Placement
             else:
                 room, sequence = layout.capacity, sequences
                 sequences += 1
-                if repeats[index]:
+                if pieces.repeats[index]:
                     starts[index] += len(layout.prefix)
                     length -= len(layout.prefix)
             at[index] = (sequence + 1) * layout.capacity - room

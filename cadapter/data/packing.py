@@ -8,7 +8,7 @@ within one sequence (:mod:`cadapter.data.fitting`). What is left of a sequence i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -27,6 +27,9 @@ COUNTED_CLASSES = (POSITIVE, NEGATIVE, NEUTRAL)
 
 _TOKENS_PER_BLOCK = 1 << 20
 _DOCUMENTS_AT_ONCE = 1 << 16
+
+Read = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""``read(starts, stops)``: ids int32 and, bool, which are to be predicted, of those tokens, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,15 @@ class SequenceBlock:
 class Pieces:
     """What is to be packed, in order: tokens ``starts`` to ``stops`` of the token store, each of one document.
 
-    All [n]: ``starts`` and ``stops`` int64, ``classes`` int8, and ``datasets`` int16, the number of each one's
-    dataset.
+    All [n]: ``starts`` and ``stops`` int64, ``classes`` int8, ``datasets`` int16, the number of each one's dataset, and
+    ``repeats`` bool, whether it begins with the sequence prefix, of one token or more.
     """
 
     starts: np.ndarray
     stops: np.ndarray
     classes: np.ndarray
     datasets: np.ndarray
+    repeats: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -119,15 +123,7 @@ class Placement:
         return int((self.at // layout.capacity < (self.ends - 1) // layout.capacity).sum())
 
 
-def repeats_prefix(pieces: Pieces, tokens: np.ndarray, layout: Layout) -> np.ndarray:
-    """Return [n] bool: which pieces begin with the sequence prefix, of one token or more."""
-    repeats = (pieces.stops - pieces.starts >= len(layout.prefix)) & (len(layout.prefix) > 0)
-    for offset, id_ in enumerate(layout.prefix):
-        repeats[repeats] = tokens[pieces.starts[repeats] + offset] == id_
-    return repeats
-
-
-def in_a_row(pieces: Pieces, tokens: np.ndarray, layout: Layout, drop_tails: np.ndarray) -> Placement:
+def in_a_row(pieces: Pieces, layout: Layout, drop_tails: np.ndarray) -> Placement:
     """Place ``pieces`` one right after the other, without what is not to be packed.
 
     - A document that begins with the sequence prefix loses it where a sequence begins with the document: the
@@ -135,16 +131,13 @@ def in_a_row(pieces: Pieces, tokens: np.ndarray, layout: Layout, drop_tails: np.
     - Where ``drop_tails`` [n] is true for a document that a full sequence cuts, what remains of it after its last
       full sequence is left out; the next sequence begins with the next document.
     """
-    repeats = repeats_prefix(pieces, tokens, layout)
     starts, stops = pieces.starts.copy(), pieces.stops.copy()
-    if repeats.any() or drop_tails.any():
+    if pieces.repeats.any() or drop_tails.any():
         capacity, prefix, fill = layout.capacity, len(layout.prefix), 0
         for low in range(0, len(pieces), _DOCUMENTS_AT_ONCE):
             part = slice(low, low + _DOCUMENTS_AT_ONCE)
-            columns = (starts[part], stops[part], repeats[part], drop_tails[part])
-            for index, (start, stop, repeated, drop) in enumerate(
-                zip(*map(np.ndarray.tolist, columns), strict=True), low
-            ):
+            columns = [column[part].tolist() for column in (starts, stops, pieces.repeats, drop_tails)]
+            for index, (start, stop, repeated, drop) in enumerate(zip(*columns, strict=True), low):
                 if repeated and fill == 0:
                     starts[index] = start = start + prefix
                 length, room = stop - start, capacity - fill
@@ -156,41 +149,30 @@ def in_a_row(pieces: Pieces, tokens: np.ndarray, layout: Layout, drop_tails: np.
     return Placement(replace(pieces, starts=starts, stops=stops), ends - (stops - starts))
 
 
-def pack(
-    placement: Placement, tokens: np.ndarray, trained: np.ndarray, layout: Layout, drop_last: bool = False
-) -> Iterator[SequenceBlock]:
+def pack(placement: Placement, read: Read, layout: Layout, drop_last: bool = False) -> Iterator[SequenceBlock]:
     """Yield the sequences of the stream, in blocks of about a million tokens.
 
     ``drop_last`` leaves out the last sequence where it would need padding.
 
     Args:
-        tokens: [T] int32, the token store that the pieces point into (may be memory-mapped).
-        trained: [T] bool, whether a token is one to be predicted.
+        read: gives the tokens that pieces point to, see :meth:`~cadapter.data.store.TokenStore.read`.
     """
     rows = max(1, _TOKENS_PER_BLOCK // layout.sequence_len)
     ends, total = placement.ends, placement.sequences(layout, drop_last)
     for row in range(0, total, rows):
-        yield _block(placement, ends, tokens, trained, layout, row, min(row + rows, total))
+        yield _block(placement, ends, read, layout, row, min(row + rows, total))
 
 
-def _block(
-    placement: Placement,
-    ends: np.ndarray,
-    tokens: np.ndarray,
-    trained: np.ndarray,
-    layout: Layout,
-    first: int,
-    last: int,
-) -> SequenceBlock:
+def _block(placement: Placement, ends: np.ndarray, read: Read, layout: Layout, first: int, last: int) -> SequenceBlock:
     """Return the sequences ``first`` to before ``last``."""
     low, high = first * layout.capacity, last * layout.capacity
     part = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(placement.at, high))
     at = placement.at[part]
     begin, end = np.maximum(at, low) - low, np.minimum(ends[part], high) - low
     lengths = end - begin
-    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    source = np.repeat(placement.pieces.starts[part] + (begin + low - at), lengths) + within
-    target = np.repeat(begin, lengths) + within
+    source = placement.pieces.starts[part] + (begin + low - at)
+    stream_ids, stream_trained = read(source, source + lengths)
+    target = np.arange(len(stream_ids)) + np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
 
     def rows(filler: int, values: np.ndarray) -> np.ndarray:
         stream = np.full(high - low, filler, values.dtype)
@@ -199,10 +181,10 @@ def _block(
         whole[:, len(layout.prefix) :] = stream.reshape(-1, layout.capacity)
         return whole
 
-    ids = rows(layout.pad_id, tokens[source])
+    ids = rows(layout.pad_id, stream_ids)
     ids[:, : len(layout.prefix)] = layout.prefix
     classes = rows(NO_CLASS, np.repeat(placement.pieces.classes[part].astype(np.int8), lengths))
-    flags = rows(0, trained[source].view(np.uint8))
+    flags = rows(0, stream_trained.view(np.uint8))
     filled = (len(layout.prefix) + (classes != NO_CLASS).sum(axis=1)).astype(np.int32)
     row, column = np.divmod(begin[(at >= low) & (lengths > 0)], layout.capacity)
     flags[row, column + len(layout.prefix)] |= DOCUMENT_START

@@ -6,7 +6,7 @@ all of tokenizers' own threads. No more than a few batches are in memory, and of
 
 from __future__ import annotations
 
-import mmap
+import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -70,30 +70,48 @@ class TokenStore:
     """Tokenised documents of several datasets, one after the other.
 
     Attributes:
-        tokens: [T] int32, memory-mapped; document d has ``tokens[offsets[d]:offsets[d + 1]]``.
-        trained: [T] bool, memory-mapped: whether a token is one to be predicted.
-        offsets: [D + 1] int64.
+        files: of the token ids, int32, and of whether each is one to be predicted, bool.
+        offsets: [D + 1] int64; document d has the tokens ``offsets[d]`` to before ``offsets[d + 1]``.
         keys: [D] uint64, see :func:`~cadapter.data.splitting.document_key`; the two documents of a pair have the same.
         texts: [D] uint64, the key of each document's own text.
+        repeats: [D] bool, which begin with the sequence prefix.
         datasets: [D] int16, which dataset each is from.
         classes: [D] int8.
         counts: one for each dataset.
     """
 
-    tokens: np.ndarray
-    trained: np.ndarray
+    files: tuple[BinaryIO, BinaryIO]
     offsets: np.ndarray
     keys: np.ndarray
     texts: np.ndarray
+    repeats: np.ndarray
     datasets: np.ndarray
     classes: np.ndarray
     counts: list[Counts]
 
-    def release(self) -> None:
-        """Let go of the pages that were read: they would count as this process's memory."""
-        for mapped in (self.tokens, self.trained):
-            if isinstance(getattr(mapped, "_mmap", None), mmap.mmap):
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # np.memmap has it
+    def read(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids int32, trained bool) of the tokens from ``starts`` [n] to ``stops`` [n], one after the other.
+
+        The files are read and not mapped: pages of a mapping count as this process's memory, and each that is looked at
+        brings its neighbours along.
+        """
+        total = int((stops - starts).sum())
+        ids, trained = np.empty(total, np.int32), np.empty(total, np.bool_)
+        apart = np.ones(len(starts) + 1, bool)
+        apart[1:-1] = starts[1:] != stops[:-1]  # what lies side by side is read at once
+        at = 0
+        for start, stop in zip(starts[apart[:-1]].tolist(), stops[apart[1:]].tolist(), strict=True):
+            for file, into in zip(self.files, (ids, trained), strict=True):
+                part = into[at : at + stop - start]
+                if os.preadv(file.fileno(), [part.data], start * part.itemsize) != part.nbytes:
+                    raise OSError(f"{file.name} is shorter than it was written")
+            at += stop - start
+        return ids, trained
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
 
 
 class _Encoded(NamedTuple):
@@ -277,7 +295,7 @@ class _Writer:
         self._ids: list[np.ndarray] = []
         self._trained: list[np.ndarray] = []
         self.lengths, self._keys, self._texts = array("q"), array("Q"), array("Q")
-        self._datasets, self._classes = array("h"), array("b")
+        self._datasets, self._classes, self._repeats = array("h"), array("b"), array("b")
         self.counts: list[Counts] = []
 
     def __enter__(self) -> _Writer:
@@ -307,6 +325,7 @@ class _Writer:
             self._texts.append(document.text)
             self._datasets.append(number)
             self._classes.append(document.control_class)
+            self._repeats.append(bool(self._prefix) and starts_with(document.ids, self._prefix))
 
     def _fitting(self, documents: list[_Encoded], overlength: str, counts: Counts, where: str) -> list[_Encoded]:
         """Return the documents of a record, each within a sequence, or none of them."""
@@ -348,11 +367,11 @@ class _Writer:
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return TokenStore(
-            tokens=np.memmap(self._files[0], dtype=np.int32, mode="r"),
-            trained=np.memmap(self._files[1], dtype=np.bool_, mode="r"),
+            files=(self._files[0].open("rb"), self._files[1].open("rb")),
             offsets=offsets,
             keys=np.frombuffer(self._keys, np.uint64),
             texts=np.frombuffer(self._texts, np.uint64),
+            repeats=np.frombuffer(self._repeats, np.bool_),
             datasets=np.frombuffer(self._datasets, np.int16),
             classes=np.frombuffer(self._classes, np.int8),
             counts=self.counts,

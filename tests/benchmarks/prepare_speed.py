@@ -29,8 +29,11 @@ import numpy as np
 
 from cadapter.config import Config, load_config
 from cadapter.data import Tokenizer, arrow, cache, prepare_data
+from cadapter.data.fitting import each_in_one
 from cadapter.data.packing import Layout, Pieces, in_a_row, pack
 from cadapter.data.parts import grouped
+from cadapter.data.shuffling import shuffled
+from cadapter.data.store import TokenStore
 from cadapter.terminal import set_quiet
 from tests.tiny_tokenizer import SENTENCES, make_tokenizer
 
@@ -95,18 +98,30 @@ def compare(folder: Path, megabytes: int, rounds: int) -> None:
     )
 
 
-def time_packing(tokens: int, document: int) -> None:
-    """Packing alone, from a token store in memory."""
+def time_packing(folder: Path, tokens: int, document: int) -> None:
+    """Packing alone, from a token store's files."""
     lengths = np.random.default_rng(0).integers(document // 2, document * 3 // 2, tokens // document)
     stops = np.cumsum(lengths)
     ids = np.random.default_rng(1).integers(3, 4000, int(stops[-1])).astype(np.int32)
-    pieces = Pieces(stops - lengths, stops, np.ones(len(stops), np.int8), np.zeros(len(stops), np.int16))
-    layout, trained = Layout(SEQUENCE, (1,), 0), np.ones(len(ids), bool)
-    begin = time.perf_counter()
-    placement = in_a_row(pieces, ids, layout, np.zeros(len(pieces), bool))
-    packed = sum(int(block.tokens.sum()) for block in pack(placement, ids, trained, layout))
-    rate = packed / (time.perf_counter() - begin) / 1e6
-    print(f"packing documents of {document} tokens: {rate:.0f} M tokens/s")
+    files = folder / "tokens.bin", folder / "trained.bin"
+    ids.tofile(files[0])
+    np.ones(len(ids), bool).tofile(files[1])
+    none = np.zeros(len(stops), bool)
+    pieces = Pieces(stops - lengths, stops, np.ones(len(stops), np.int8), np.zeros(len(stops), np.int16), none)
+    layout = Layout(SEQUENCE, (1,), 0)
+    store = TokenStore((files[0].open("rb"), files[1].open("rb")), *[stops] * 6, [])
+    rates = {}
+    for how, place in (
+        ("one after the other", lambda: in_a_row(pieces, layout, none)),
+        ("in a shuffled mixture", lambda: in_a_row(pieces.select(shuffled(len(pieces), "mix")), layout, none)),
+        ("each whole", lambda: each_in_one(pieces, layout)),
+    ):
+        begin = time.perf_counter()
+        packed = sum(int(block.tokens.sum()) for block in pack(place(), store.read, layout))
+        rates[how] = packed / (time.perf_counter() - begin) / 1e6
+    store.close()
+    said = ", ".join(f"{how} {rate:.0f}" for how, rate in rates.items())
+    print(f"packing documents of {document} tokens, M tokens/s: {said}")
 
 
 def time_opening(folder: Path, tokens: int) -> None:
@@ -170,7 +185,7 @@ def main() -> None:
         if options.rounds:
             compare(folder, options.megabytes, options.rounds)
             for document in (100, 1000):
-                time_packing(20_000_000, document)
+                time_packing(folder, 20_000_000, document)
             time_opening(folder, 100_000_000)
 
 

@@ -21,6 +21,7 @@ from cadapter.data.batches import (
 )
 from cadapter.data.packing import Layout, Pieces, in_a_row, pack
 from cadapter.data.sequences import PackedSequences
+from tests.data.test_data_packing import reader
 
 LENGTH = 8
 LAYOUTS = [(1, 1, 8), (1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (2, 4, 1)]
@@ -33,10 +34,11 @@ def sequences(count: int, seed: int = 0) -> PackedSequences:
     tokens = rng.integers(2, 30, count * (LENGTH - 1) - 3).astype(np.int32)
     cuts = np.sort(rng.choice(np.arange(1, len(tokens)), len(tokens) // 5, replace=False))
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(tokens)]
-    pieces = Pieces(starts, stops, rng.integers(-1, 2, len(starts)).astype(np.int8), np.zeros(len(starts), np.int16))
+    classes = rng.integers(-1, 2, len(starts)).astype(np.int8)
+    pieces = Pieces(starts, stops, classes, np.zeros(len(starts), np.int16), np.zeros(len(starts), bool))
     layout = Layout(LENGTH, (1,), 0)
-    placement = in_a_row(pieces, tokens, layout, np.zeros(len(pieces), bool))
-    whole = next(pack(placement, tokens, ~np.isin(tokens, (5, 6)), layout))
+    placement = in_a_row(pieces, layout, np.zeros(len(pieces), bool))
+    whole = next(pack(placement, reader(tokens, ~np.isin(tokens, (5, 6))), layout))
     third = max(1, count // 3)
     return PackedSequences(
         [whole.select(np.arange(count)[low : low + third]) for low in range(0, count, third)], LENGTH
@@ -188,10 +190,10 @@ def isolated(prefix: tuple[int, ...]) -> tuple[PackedSequences, list[int]]:
     lengths = np.array([3, 4, 9])
     tokens = np.arange(10, 26, dtype=np.int32)
     stops = np.cumsum(lengths)
-    pieces = Pieces(stops - lengths, stops, np.array([1, 0, -1], np.int8), np.zeros(3, np.int16))
+    pieces = Pieces(stops - lengths, stops, np.array([1, 0, -1], np.int8), np.zeros(3, np.int16), np.zeros(3, bool))
     layout = Layout(8, prefix, 0, isolated=True)
-    placement = in_a_row(pieces, tokens, layout, np.zeros(3, bool))
-    blocks = list(pack(placement, tokens, np.ones(16, bool), layout))
+    placement = in_a_row(pieces, layout, np.zeros(3, bool))
+    blocks = list(pack(placement, reader(tokens, np.ones(16, bool)), layout))
     return PackedSequences(blocks, 8), [0, 3, 7]
 
 

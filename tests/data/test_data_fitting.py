@@ -11,6 +11,7 @@ import pytest
 from cadapter.classes import NO_CLASS
 from cadapter.data.fitting import each_in_one
 from cadapter.data.packing import DOCUMENT_START, Layout, Pieces, pack
+from tests.data.test_data_packing import reader
 
 BOS = 1
 
@@ -21,11 +22,12 @@ def packed_documents(documents: list[list[int]], layout: Layout) -> list[list[li
     stops = 1 + np.cumsum([len(document) for document in documents])
     starts = np.r_[1, stops[:-1]]
     classes = (np.arange(len(documents)) % 3 - 1).astype(np.int8)
-    pieces = Pieces(starts, stops, classes, np.zeros(len(documents), np.int16))
-    placement = each_in_one(pieces, tokens, layout)
+    repeats = np.array([bool(layout.prefix) and document[0] == BOS for document in documents])
+    pieces = Pieces(starts, stops, classes, np.zeros(len(documents), np.int16), repeats)
+    placement = each_in_one(pieces, layout)
     assert placement.split(layout) == 0
     sequences = []
-    for block in pack(placement, tokens, np.ones(len(tokens), bool), layout):
+    for block in pack(placement, reader(tokens, np.ones(len(tokens), bool)), layout):
         for ids, flags, own, count in zip(block.ids, block.flags, block.classes, block.tokens, strict=True):
             assert tuple(ids[: len(layout.prefix)]) == layout.prefix
             assert (own[count:] == NO_CLASS).all()
@@ -62,10 +64,10 @@ def test_a_document_with_the_prefix_of_its_own() -> None:
 def test_nothing_to_place() -> None:
     nothing = np.zeros(0, np.int64)
     layout = Layout(8, (), 0)
-    pieces = Pieces(nothing, nothing, nothing.astype(np.int8), nothing.astype(np.int16))
-    placement = each_in_one(pieces, nothing.astype(np.int32), layout)
+    pieces = Pieces(nothing, nothing, nothing.astype(np.int8), nothing.astype(np.int16), nothing.astype(bool))
+    placement = each_in_one(pieces, layout)
     assert placement.sequences(layout) == 0
-    assert list(pack(placement, nothing.astype(np.int32), nothing.astype(bool), layout)) == []
+    assert list(pack(placement, reader(nothing, nothing), layout)) == []
 
 
 def test_short_documents_fill_what_long_ones_leave() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cadapter.classes import NO_CLASS
-from cadapter.data.packing import DOCUMENT_START, TRAINED, Layout, Pieces, SequenceBlock, in_a_row, pack
+from cadapter.data.packing import DOCUMENT_START, TRAINED, Layout, Pieces, Read, SequenceBlock, in_a_row, pack
 
 EOS = 2
 
@@ -42,15 +42,28 @@ def random_case(seed: int) -> Case:
     return Case(documents, classes, drop_tails, layout, rng.random() < 0.5, masked)
 
 
+def reader(tokens: np.ndarray, trained: np.ndarray) -> Read:
+    """Reads from arrays in memory."""
+
+    def read(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return tuple(np.concatenate([array[:0], *(array[part] for part in parts)]) for array in (tokens, trained))
+
+    return read
+
+
 def packed(case: Case) -> SequenceBlock:
     """The sequences that the package makes of ``case``, in one block; before them the store has other tokens."""
     lengths = np.array([len(document) for document in case.documents])
     tokens = np.array([7, 7, 7, *(id_ for document in case.documents for id_ in document)], np.int32)
     stops = 3 + np.cumsum(lengths)
-    pieces = Pieces(stops - lengths, stops, np.array(case.classes, np.int8), np.zeros(len(lengths), np.int16))
-    placement = in_a_row(pieces, tokens, case.layout, np.array(case.drop_tails))
-    trained = ~np.isin(tokens, case.masked)
-    return joined(list(pack(placement, tokens, trained, case.layout, case.drop_last)), case.layout.sequence_len)
+    prefix = list(case.layout.prefix)
+    repeats = np.array([bool(prefix) and document[: len(prefix)] == prefix for document in case.documents])
+    classes = np.array(case.classes, np.int8)
+    pieces = Pieces(stops - lengths, stops, classes, np.zeros(len(lengths), np.int16), repeats)
+    placement = in_a_row(pieces, case.layout, np.array(case.drop_tails))
+    read = reader(tokens, ~np.isin(tokens, case.masked))
+    return joined(list(pack(placement, read, case.layout, case.drop_last)), case.layout.sequence_len)
 
 
 def joined(blocks: list[SequenceBlock], length: int) -> SequenceBlock:
