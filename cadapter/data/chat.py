@@ -89,7 +89,9 @@ class ChatTemplate:
         """Return the characters of ``text`` that message ``index`` is."""
         prompt = self._text(messages[:index], messages, tools, where, add_generation_prompt=True)
         if not text.startswith(prompt):
-            raise self._rewritten(text, prompt, index, messages, where)
+            raise self._rewritten(
+                text, prompt, f"first {index} messages with the prompt for an answer", messages, where
+            )
         if index == len(messages) - 1:
             return len(prompt), len(text)
         done = self._text(messages[: index + 1], messages, tools, where)
@@ -97,7 +99,7 @@ class ChatTemplate:
             going_on = self._text(messages[: index + 1], messages, tools, where, add_generation_prompt=True)
             done = done[: _alike(done, going_on)]
         if not text.startswith(done) or len(done) < len(prompt):
-            raise self._rewritten(text, done, index, messages, where)
+            raise self._rewritten(text, done, f"first {index + 1} messages", messages, where)
         return len(prompt), len(done)
 
     def _text(self, part: list[Any], messages: list[Any], tools: Any, where: str, **options: bool) -> str:
@@ -108,13 +110,13 @@ class ChatTemplate:
             of = "" if len(part) == len(messages) else f" for the first {len(part)} of {len(messages)} messages"
             raise _error(where, f"the chat template of {self._name} fails{of}: {reason}", messages) from error
 
-    def _rewritten(self, text: str, beginning: str, index: int, messages: list[Any], where: str) -> UsageError:
+    def _rewritten(self, text: str, beginning: str, of: str, messages: list[Any], where: str) -> UsageError:
         alike = _alike(text, beginning)
         around = slice(max(0, alike - 30), alike + 50)
         return UsageError(
-            f"{where}: the chat template of {self._name} renders the first {index + 1} messages differently once the "
-            "others follow, so that the model would be trained on what it never sees.\n"
-            f"Alone: … {beginning[around]!r}\nIn the whole: … {text[around]!r}\n"
+            f"{where}: the chat template of {self._name} renders the {of} differently in the whole chat than alone, so "
+            "that the model would be trained on what it never sees.\n"
+            f"Alone: … {beginning[around]!r}\nIn the whole chat: … {text[around]!r}\n"
             "Give chats with one answer each, or use a template that keeps earlier turns as they are.\n"
             f"The record: {shown(messages)}"
         )

@@ -57,6 +57,8 @@ def _print_datasets(data: PreparedData, mixed: bool) -> None:
         None,
     )
     footer = "Of two numbers, the second is of what is held out for evaluation."
+    if any(report.control_class is None for report in data.reports):
+        footer += "\nClass own: the records say it themselves."
     columns = ("dataset", "class", "documents", "tokens", "sequences", "cache")
     table("Prepared data", columns, [*rows, total], align="lcrrrl", footer=footer)
 

@@ -23,7 +23,7 @@ from cadapter.models.isolation import check_isolation
 from cadapter.models.layers import CarrierFormat
 from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
-from cadapter.terminal import note
+from cadapter.terminal import note, warn
 from cadapter.training.caching import prepare_in_turn
 from cadapter.training.distributed import GradientGroups, World, new_group, sum_over_world
 from cadapter.training.engine import Pipeline
@@ -91,6 +91,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     data = prepare_together(config, world)
     neutral = config.control_class0_lambda * config.class_weights.neutral > 0
     has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
+    if has_neutral and not neutral and any(dataset.class_field for dataset in config.datasets) and world.is_main:
+        warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
     carrier = CarrierFormat(
         penalty=mode.name == "control" and neutral and has_neutral,
         dropout=mode.name != "full" and config.lora_dropout > 0,

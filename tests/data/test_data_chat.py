@@ -227,7 +227,13 @@ REFUSED: dict[str, tuple[str | None, Any, str]] = {
     "no template": (None, SYSTEM, "the tokenizer has no chat template"),
     "no answer": (CHATML, SYSTEM[:2], "line 1: no message is the assistant's, so that there is nothing to train"),
     "answer first": (CHATML, [say("assistant", "Hi")], "the first message is the assistant's"),
-    "rewrites": (FORGETS_THOUGHTS, [*THOUGHTS, say("assistant", "Bye")], "renders the first 2 messages differently"),
+    "rewrites": (
+        FORGETS_THOUGHTS, [*THOUGHTS, say("assistant", "Bye")], "renders the first 2 messages differently in the whole",
+    ),
+    "another prompt": (
+        CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"), SYSTEM,
+        "renders the first 2 messages with the prompt for an answer differently in the whole chat",
+    ),
     "fails": (NO_SYSTEM, TWO_ANSWERS, "chat-model fails: there is no system role here"),
     "two BOS": (HEADERS.replace("'<bos>'", "'<bos><bos>'"), SYSTEM, "the chat begins with BOS twice"),
     "no list": (CHATML, "Hi", 'line 1: messages must be a list of objects with \'role\' and \'content\': "Hi"'),
