@@ -144,15 +144,16 @@ class Cache:
         self.directory = directory
         self._note = note
 
-    def known_files(self) -> dict[str, FileState]:
-        """Return the states of files, by absolute path, that entries were made from."""
+    def known_files(self) -> dict[tuple[str, tuple[int, ...]], FileState]:
+        """Return the states of the files that entries were made from, by absolute path and status."""
         known = {}
         for root in (self.directory, user_cache()):
             for entry in _children(root, "*-*"):
                 manifest = _read_manifest(entry) or {}
                 digests = _merged(manifest.get("files", ()))
                 for path, status in manifest.get("states", {}).items():
-                    known[path] = FileState(digests.get(path, ""), tuple(status))
+                    if path in digests:
+                        known[path, tuple(status)] = FileState(digests[path], tuple(status))
         return known
 
     def find(self, recipe: Recipe) -> tuple[Path | None, str]:

@@ -255,9 +255,8 @@ def _file_states(datasets: list[Dataset], store: cache.Cache) -> dict[Path, cach
     with progress("Comparing files with the cache", total=len(files), unit="files") as advance:
         for file in files:
             try:
-                seen = known.get(str(file.absolute()))
-                is_same = seen is not None and seen.status == cache.status_of(file)
-                states[file] = seen if seen is not None and is_same else cache.FileState.of(file)
+                seen = known.get((str(file.absolute()), cache.status_of(file)))
+                states[file] = seen or cache.FileState.of(file)
             except OSError as error:
                 raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
             advance()

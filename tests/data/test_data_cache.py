@@ -274,6 +274,18 @@ def test_a_place_that_cannot_be_written(
     assert outcome(config) == "hit"
 
 
+def test_a_dataset_folder_that_cannot_be_written(
+    tmp_path: Path, file: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without cache_dir; a file in the folder's place stands for a disk that is read only, which root could write."""
+    (file.parent / FOLDER).write_text("")
+    data = prepare_data(make_config({file: 1}))
+    user = tmp_path / "user-cache" / "cadapter"
+    assert data.directories[0].parent == user
+    assert f"The cache goes to {user}, since {file.parent / FOLDER}: " in capsys.readouterr().out
+    assert outcome(make_config({file: 1})) == "hit"
+
+
 def test_no_place_at_all(tmp_path: Path, file: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "occupied").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "occupied"))
