@@ -60,7 +60,10 @@ def build_stream(
                 if not hashes[file].is_that_of(file):
                     raise UsageError(f"{file} changed while it was being read.\nRun the command again.")
             portions = [_portions(config, dataset, number, store, layout) for number, dataset in enumerate(stream)]
+            counted = [_counted(store, number, *pair) for number, pair in enumerate(portions)]
+            arrow.write_fingerprints(directory / cache.TEXTS, *_fingerprints(store, portions))
             train, evaluation = (_pieces(store, [pair[half] for pair in portions]) for half in (0, 1))
+            del portions  # with millions of documents, what is known of each is what takes memory
             if config.mix_datasets:
                 train = train.select(shuffled(len(train), "mix", config.seed))
             packed = [
@@ -69,8 +72,6 @@ def build_stream(
             ]
             check_vocabulary(tokenizer.directory, max(each.largest for each in packed))
             arrow.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout))
-            arrow.write_fingerprints(directory / cache.TEXTS, *_fingerprints(store, portions))
-    counted = [_counted(store, number, train, held) for number, (train, held) in enumerate(portions)]
     return {
         "datasets": counted,
         "dropped_tokens": sum(each.dropped for each in packed),
@@ -80,26 +81,26 @@ def build_stream(
 
 def _counted(store: TokenStore, number: int, train: Portion, held: Portion) -> dict[str, Any]:
     """Return what became of the documents of dataset ``number``."""
-    lengths = np.diff(store.offsets)[store.datasets == number]
-    # A single document may lie in both portions.
-    used = len(np.union1d(train.documents, held.documents))
+    low, high = store.documents_of(number)
+    # A single document that is split lies in both portions.
+    both = int(len(train.documents) == len(held.documents) == 1 and bool((train.documents == held.documents).all()))
     return {
         "documents": len(train.documents),
         "eval_documents": len(held.documents),
         "tokens": train.tokens,
         "eval_tokens": held.tokens,
-        "over_limit": len(lengths) - used,
-        "lengths": histogram(lengths),
+        "over_limit": high - low - len(train.documents) - len(held.documents) + both,
+        "lengths": histogram(np.diff(store.offsets[low : high + 1])),
         **asdict(store.counts[number]),
     }
 
 
 def _fingerprints(store: TokenStore, portions: list[tuple[Portion, Portion]]) -> tuple[np.ndarray, ...]:
     """Return, for each document used: the key of its text, its class, and whether it is held out."""
-    train, held = (np.concatenate([pair[half].documents for pair in portions]) for half in (0, 1))
-    documents = np.concatenate([train, held])
-    is_held = np.arange(len(documents)) >= len(train)
-    return store.texts[documents], store.classes[documents], is_held
+    documents = np.concatenate([pair[half].documents for half in (0, 1) for pair in portions])
+    held_out = np.ones(len(documents), bool)
+    held_out[: sum(len(train.documents) for train, _ in portions)] = False
+    return store.texts[documents], store.classes[documents], held_out
 
 
 def check_vocabulary(directory: Path, largest: int) -> None:
@@ -123,25 +124,27 @@ def _portions(
     config: Config, dataset: Dataset, number: int, store: TokenStore, layout: Layout
 ) -> tuple[Portion, Portion]:
     """Return (training, evaluation) of one dataset of the store, ``documents`` as numbers in the store."""
-    own = np.flatnonzero(store.datasets == number)
-    lengths = np.diff(store.offsets)[own]
+    low, high = store.documents_of(number)
     limits = [limit for limit in (dataset.max_tokens,) if limit is not None]
     if config.mix_datasets and dataset.max_sequences is not None:
         limits.append(dataset.max_sequences * layout.capacity)
-    halves = split_documents(lengths, store.keys[own], config.eval_fraction, min(limits, default=None), dataset.whole)
-    train, evaluation = (Portion(own[half.documents], half.starts, half.stops) for half in halves)
+    lengths, keys = np.diff(store.offsets[low : high + 1]), store.keys[low:high]
+    halves = split_documents(lengths, keys, config.eval_fraction, min(limits, default=None), dataset.whole)
+    train, evaluation = (Portion(half.documents + low, half.starts, half.stops) for half in halves)
     return train, evaluation
 
 
 def _pieces(store: TokenStore, portions: list[Portion]) -> Pieces:
     documents = np.concatenate([portion.documents for portion in portions])
-    begins, starts = store.offsets[documents], np.concatenate([portion.starts for portion in portions])
+    starts, stops = store.offsets[documents], store.offsets[documents]
+    starts += np.concatenate([portion.starts for portion in portions])
+    stops += np.concatenate([portion.stops for portion in portions])
     return Pieces(
-        starts=begins + starts,
-        stops=begins + np.concatenate([portion.stops for portion in portions]),
+        starts=starts,
+        stops=stops,
         classes=store.classes[documents],
         datasets=store.datasets[documents],
-        repeats=store.repeats[documents] & (starts == 0),
+        repeats=store.repeats[documents] & (starts == store.offsets[documents]),
     )
 
 
@@ -166,7 +169,7 @@ def _write_sequences(
     )
     # With nothing but such documents, a last sequence that would need padding is a tail as well.
     drop_last = bool(len(pieces) and drop_tails.all())
-    cut, kept = pieces.select(~whole), pieces.select(whole)
+    cut, kept = (pieces if mask.all() else pieces.select(mask) for mask in (~whole, whole))
     placed = [in_a_row(cut, layout, drop_tails[~whole]), each_in_one(kept, layout)]
     blocks: Iterator[SequenceBlock] = chain(
         pack(placed[0], store.read, layout, drop_last),

@@ -45,4 +45,5 @@ def each_in_one(pieces: Pieces, layout: Layout) -> Placement:
             with_room[room - length].append(sequence)
             rooms |= 1 << (room - length)
     order = np.argsort(at, kind="stable")
-    return Placement(replace(pieces, starts=starts).select(order), at[order])
+    placed, at = replace(pieces, starts=starts).select(order), at[order]
+    return Placement(placed, at, at + placed.stops - placed.starts)

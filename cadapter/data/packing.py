@@ -103,15 +103,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Placement:
-    """``pieces`` with their places in the stream: each begins ``at`` [n] int64, increasing."""
+    """``pieces`` with their places in the stream: each is ``at`` [n] to before ``ends`` [n], int64, increasing."""
 
     pieces: Pieces
     at: np.ndarray
-
-    @property
-    def ends(self) -> np.ndarray:
-        """Where each ends in the stream [n]."""
-        return self.at + (self.pieces.stops - self.pieces.starts)
+    ends: np.ndarray
 
     def sequences(self, layout: Layout, drop_last: bool = False) -> int:
         """Return how many sequences there are, with or without a last one that needs padding."""
@@ -120,7 +116,9 @@ class Placement:
 
     def split(self, layout: Layout) -> int:
         """Return how many pieces lie in more than one sequence."""
-        return int((self.at // layout.capacity < (self.ends - 1) // layout.capacity).sum())
+        borders = np.arange(1, self.sequences(layout)) * layout.capacity
+        around = np.searchsorted(self.ends, borders, side="right")
+        return len(np.unique(around[self.at[around] < borders]))
 
 
 def in_a_row(pieces: Pieces, layout: Layout, drop_tails: np.ndarray) -> Placement:
@@ -131,22 +129,28 @@ def in_a_row(pieces: Pieces, layout: Layout, drop_tails: np.ndarray) -> Placemen
     - Where ``drop_tails`` [n] is true for a document that a full sequence cuts, what remains of it after its last
       full sequence is left out; the next sequence begins with the next document.
     """
-    starts, stops = pieces.starts.copy(), pieces.stops.copy()
     if pieces.repeats.any() or drop_tails.any():
-        capacity, prefix, fill = layout.capacity, len(layout.prefix), 0
-        for low in range(0, len(pieces), _DOCUMENTS_AT_ONCE):
-            part = slice(low, low + _DOCUMENTS_AT_ONCE)
-            columns = [column[part].tolist() for column in (starts, stops, pieces.repeats, drop_tails)]
-            for index, (start, stop, repeated, drop) in enumerate(zip(*columns, strict=True), low):
-                if repeated and fill == 0:
-                    starts[index] = start = start + prefix
-                length, room = stop - start, capacity - fill
-                if drop and length > room:
-                    length = room + (length - room) // capacity * capacity
-                    stops[index] = start + length
-                fill = (fill + length) % capacity
-    ends = np.cumsum(stops - starts)
-    return Placement(replace(pieces, starts=starts, stops=stops), ends - (stops - starts))
+        pieces = _trimmed(pieces, layout, drop_tails)
+    lengths = pieces.stops - pieces.starts
+    ends = np.cumsum(lengths)
+    return Placement(pieces, ends - lengths, ends)
+
+
+def _trimmed(pieces: Pieces, layout: Layout, drop_tails: np.ndarray) -> Pieces:
+    starts, stops = pieces.starts.copy(), pieces.stops.copy()
+    capacity, prefix, fill = layout.capacity, len(layout.prefix), 0
+    for low in range(0, len(pieces), _DOCUMENTS_AT_ONCE):
+        part = slice(low, low + _DOCUMENTS_AT_ONCE)
+        columns = [column[part].tolist() for column in (starts, stops, pieces.repeats, drop_tails)]
+        for index, (start, stop, repeated, drop) in enumerate(zip(*columns, strict=True), low):
+            if repeated and fill == 0:
+                starts[index] = start = start + prefix
+            length, room = stop - start, capacity - fill
+            if drop and length > room:
+                length = room + (length - room) // capacity * capacity
+                stops[index] = start + length
+            fill = (fill + length) % capacity
+    return replace(pieces, starts=starts, stops=stops)
 
 
 def pack(placement: Placement, read: Read, layout: Layout, drop_last: bool = False) -> Iterator[SequenceBlock]:
@@ -158,17 +162,17 @@ def pack(placement: Placement, read: Read, layout: Layout, drop_last: bool = Fal
         read: gives the tokens that pieces point to, see :meth:`~cadapter.data.store.TokenStore.read`.
     """
     rows = max(1, _TOKENS_PER_BLOCK // layout.sequence_len)
-    ends, total = placement.ends, placement.sequences(layout, drop_last)
+    total = placement.sequences(layout, drop_last)
     for row in range(0, total, rows):
-        yield _block(placement, ends, read, layout, row, min(row + rows, total))
+        yield _block(placement, read, layout, row, min(row + rows, total))
 
 
-def _block(placement: Placement, ends: np.ndarray, read: Read, layout: Layout, first: int, last: int) -> SequenceBlock:
+def _block(placement: Placement, read: Read, layout: Layout, first: int, last: int) -> SequenceBlock:
     """Return the sequences ``first`` to before ``last``."""
     low, high = first * layout.capacity, last * layout.capacity
-    part = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(placement.at, high))
+    part = slice(np.searchsorted(placement.ends, low, side="right"), np.searchsorted(placement.at, high))
     at = placement.at[part]
-    begin, end = np.maximum(at, low) - low, np.minimum(ends[part], high) - low
+    begin, end = np.maximum(at, low) - low, np.minimum(placement.ends[part], high) - low
     lengths = end - begin
     source = placement.pieces.starts[part] + (begin + low - at)
     stream_ids, stream_trained = read(source, source + lengths)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_AT_ONCE = 1 << 20
+
 
 def histogram(lengths: np.ndarray) -> list[int]:
     """Return how many of ``lengths`` [n] lie between 2^(k-1) and 2^k - 1, for k = 0, 1, … up to the longest."""
-    if not len(lengths):
-        return []
-    return np.bincount(np.frexp(lengths.astype(np.float64))[1]).tolist()
+    bounds = 1 << np.arange(64, dtype=np.uint64)  # of k = 0: below 1
+    counts = np.zeros(65, np.int64)
+    for low in range(0, len(lengths), _AT_ONCE):
+        part = lengths[low : low + _AT_ONCE].astype(np.uint64)
+        counts += np.bincount(np.searchsorted(bounds, part, side="right"), minlength=65)
+    return counts[: int(np.max(np.flatnonzero(counts), initial=-1)) + 1].tolist()
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,13 @@ def count_repeats(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
     """
     keys, classes, held = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(keys, kind="stable")
-    keys, classes, held = keys[order], classes[order], held[order]
-    first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
+    keys, classes, held = keys[order], classes[order], held[order].view(np.uint8)
+    first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]][: len(keys)])
     counts = np.diff(np.r_[first, len(keys)])
-    repeated = first[counts > 1]
-    ends = repeated + counts[counts > 1]
 
     def varies(values: np.ndarray) -> int:
-        return sum(bool((values[low:high] != values[low]).any()) for low, high in zip(repeated, ends, strict=True))
+        if not len(values):
+            return 0
+        return int((np.minimum.reduceat(values, first) != np.maximum.reduceat(values, first)).sum())
 
-    return Repeats(len(repeated), int((counts - 1).sum()), varies(classes), varies(held))
+    return Repeats(int((counts > 1).sum()), int((counts - 1).sum()), varies(classes), varies(held))

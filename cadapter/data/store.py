@@ -89,6 +89,11 @@ class TokenStore:
     classes: np.ndarray
     counts: list[Counts]
 
+    def documents_of(self, dataset: int) -> tuple[int, int]:
+        """Return the first document of a dataset, and the first behind its last."""
+        low, high = np.searchsorted(self.datasets, [dataset, dataset + 1])
+        return int(low), int(high)
+
     def read(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids int32, trained bool) of the tokens from ``starts`` [n] to ``stops`` [n], one after the other.
 
