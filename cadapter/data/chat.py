@@ -8,8 +8,8 @@ wrote, so that is found by rendering beginnings of the chat. Of the assistant's 
 
 Both must be beginnings of render(messages), which is what is trained on; then the turn's characters are. Where a
 template closes a finished conversation with something more (Phi 3: EOS), the turn ends where that begins: up to
-where render(messages[:i + 1]) is alike with and without the generation prompt. What follows the last message is part
-of its turn.
+where render(messages[:i + 1]) is alike with and without the generation prompt, if what is left closes the whole chat
+too. What follows the last message is part of its turn.
 
 A template that renders earlier turns differently once later ones are there (Qwen 3 leaves out their thoughts) has no
 such beginnings: the model would be trained on prompts that it never sees. That is an error.
@@ -97,7 +97,9 @@ class ChatTemplate:
         done = self._text(messages[: index + 1], messages, tools, where)
         if not text.startswith(done):
             going_on = self._text(messages[: index + 1], messages, tools, where, add_generation_prompt=True)
-            done = done[: _alike(done, going_on)]
+            alike = _alike(done, going_on)
+            if text.endswith(done[alike:]):  # what closes the whole chat as well
+                done = done[:alike]
         if not text.startswith(done) or len(done) < len(prompt):
             raise self._rewritten(text, done, f"first {index + 1} messages", messages, where)
         return len(prompt), len(done)

@@ -230,6 +230,10 @@ REFUSED: dict[str, tuple[str | None, Any, str]] = {
     "rewrites": (
         FORGETS_THOUGHTS, [*THOUGHTS, say("assistant", "Bye")], "renders the first 2 messages differently in the whole",
     ),
+    "rewrites when it goes on": (
+        FORGETS_THOUGHTS.replace("not loop.last", "(not loop.last or add_generation_prompt)"),
+        [*THOUGHTS, say("assistant", "Bye")], "renders the first 2 messages differently in the whole",
+    ),
     "another prompt": (
         CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"), SYSTEM,
         "renders the first 2 messages with the prompt for an answer differently in the whole chat",
