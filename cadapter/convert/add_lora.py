@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cadapter.adapters.directory import ControlAdapterFiles, LowRank, layer_ranges
+from cadapter.adapters.directory import ControlAdapterFiles, layer_ranges
+from cadapter.adapters.factors import LowRank
 from cadapter.convert.lora_directory import LoraPair, lora_config, write_lora
 from cadapter.convert.operators import (
     Dial,

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cadapter.adapters.directory import ControlAdapterFiles, LowRank, validate_against
+from cadapter.adapters.directory import ControlAdapterFiles, validate_against
+from cadapter.adapters.factors import Factors, LowRank
 from cadapter.adapters.layer_facts import LayerFacts, describe_layers, patterns
 from cadapter.adapters.strengths import neumann_note
-from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES
@@ -63,15 +63,14 @@ class Dial:
         return f"scale {self.factor:g}" if self.factor != 1 else f"strength {self.strength:g}"
 
 
-def fold(A: Tensor, B: Tensor, scale: float, dial: Dial, where: str) -> LowRank:
-    """``A' = A``, ``B' = x·s·B·f_t(M)``, so that ``B'·A' = x·((I + s·B·A)^t − I)``: float64 inside, float32 out.
+def fold(factors: Factors, scale: float, dial: Dial, where: str) -> LowRank:
+    """A and B with ``B·A = x·((I + W)^t − I)``: float64 inside, float32 out.
 
     Raises:
         UsageError: this power does not exist; ``where`` (the layer) is named.
     """
-    A, B = A.double(), B.double()
-    turned = B if dial.strength == 1 else B @ strength_transform(core(A, B, scale), dial.strength, where)
-    return LowRank(A.float(), (dial.factor * scale * turned).float())
+    turned = factors.turned(dial.strength, scale, where)
+    return LowRank(turned.A.float(), (dial.factor * turned.B).float())
 
 
 def does_nothing(operator: LowRank) -> bool:
@@ -86,7 +85,7 @@ def operators(adapter: ControlAdapterFiles, dial: Dial) -> dict[int, LowRank]:
         UsageError: a power does not exist (the layer is named), or the adapter changes nothing at all.
     """
     folded = {
-        layer: fold(factors.A, factors.B, adapter.scale, dial, f"{adapter.path}, layer {layer}")
+        layer: fold(factors, adapter.scale, dial, f"{adapter.path}, layer {layer}")
         for layer, factors in adapter.layers.items()
     }
     if all(does_nothing(operator) for operator in folded.values()):

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, kind_of, read_control_adapter
+from cadapter.adapters.factors import LowRank
 from cadapter.convert.lora_directory import LoraFiles, LoraPair, read_lora
 from cadapter.convert.operators import (
     Dial,
@@ -125,7 +126,7 @@ def plan_multiplicative(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dia
                 f"{lora.path}: {module} has lora_A {list(pair.A.shape)} and lora_B {list(pair.B.shape)}; a "
                 "multiplicative LoRA acts on what a module writes, so both need its output size."
             )
-        operator = fold(pair.A, pair.B, pair.scale, dial, f"{lora.path}, {module}")
+        operator = fold(LowRank(pair.A, pair.B), pair.scale, dial, f"{lora.path}, {module}")
         if not does_nothing(operator):
             _multiply_module(plan, base, module, Multiply(operator.A, operator.B))
             touched += 1

@@ -70,8 +70,9 @@ def test_merged_models_are_the_adapter_applied_natively(
     name, fused, model_directory, make_adapter, native_logits, tokens, logits, tmp_path
 ):
     base = model_directory(name, fused=fused)
-    for site in ("writes", "mlp", *(["block"] if name in PARALLEL else [])):
-        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL)
+    blocks = [("block", "general")] if name in PARALLEL else []
+    for site, form in [("writes", "general"), ("mlp", "symmetric"), *blocks]:
+        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL, form=form)
         expected = native_logits(base, adapter, tokens, [0.0, *STRENGTHS])
         for strength, native in zip(STRENGTHS, expected[1:], strict=True):
             assert error(native, expected[0]) > 0.02
