@@ -40,7 +40,7 @@ class AdditiveSummary:
         layers, pairs, biases, rank: counts of layers, writers and their biases, and the rank written.
         kept: share of ‖ΔW‖_F² that truncation kept, by layer; empty without truncation.
         kept_overall: the same over all layers.
-        notes: what the user must hear (see :class:`Target`).
+        exact, notes: see :class:`Target`; a truncated LoRA is not exact.
     """
 
     layers: int
@@ -49,6 +49,7 @@ class AdditiveSummary:
     rank: int
     kept: dict[int, float]
     kept_overall: float
+    exact: bool
     notes: tuple[str, ...]
 
 
@@ -122,7 +123,8 @@ def to_add_lora(
         overall = sum(k for k, _ in kept.values()) / (sum(total for _, total in kept.values()) or 1.0) if kept else 1.0
         write_lora(directory, config, pairs, _card(adapter, dial, base_name, final_rank, overall, target.notes))
     shares = {layer: k / total if total > 0 else 1.0 for layer, (k, total) in kept.items()}
-    return AdditiveSummary(len(folded), len(pairs), biases, final_rank, shares, overall, target.notes)
+    exact = target.exact and final_rank == adapter.rank
+    return AdditiveSummary(len(folded), len(pairs), biases, final_rank, shares, overall, exact, target.notes)
 
 
 def _refuse_experts(base: Checkpoint) -> None:

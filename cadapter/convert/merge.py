@@ -30,6 +30,7 @@ class MergeSummary:
         changed, copied: numbers of tensors whose values changed, and of all others.
         largest_change: the largest ``‖ΔW‖_F / ‖W‖_F`` among the changed, before rounding; ``largest_name`` is its
             tensor.
+        dtypes: in which the changed are stored.
         bytes: bytes of weights written.
         seconds: wall-clock time.
     """
@@ -38,6 +39,7 @@ class MergeSummary:
     copied: int = 0
     largest_change: float = 0.0
     largest_name: str = ""
+    dtypes: set[str] = field(default_factory=set)
     bytes: int = 0
     seconds: float = 0.0
 
@@ -77,6 +79,7 @@ class _Merger:
         size = torch.linalg.vector_norm(exact).item()
         change = torch.linalg.vector_norm(new - exact).item() / size if size else 0.0
         self.summary.changed += not torch.equal(stored, exact.to(stored.dtype))
+        self.summary.dtypes.add(str(stored.dtype).removeprefix("torch."))
         if change > self.summary.largest_change:
             self.summary.largest_change, self.summary.largest_name = change, name
 

@@ -19,11 +19,12 @@ from cadapter.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class MultiplicativeSummary:
-    """What was written: layers, writers (pairs), rank, and notes (see :class:`Target`)."""
+    """What was written: layers, writers (pairs), rank; whether it is exact, and notes (see :class:`Target`)."""
 
     layers: int
     pairs: int
     rank: int
+    exact: bool
     notes: tuple[str, ...]
 
 
@@ -50,7 +51,7 @@ def to_mult_lora(
     config["base_model_type"] = base.config.model_type if base else adapter.base_model_type
     with new_directory(output, force) as directory:
         write_lora(directory, config, pairs, _card(adapter, dial, pairs, target.notes))
-    return MultiplicativeSummary(len(adapter.layers), len(pairs), adapter.rank, target.notes)
+    return MultiplicativeSummary(len(adapter.layers), len(pairs), adapter.rank, target.exact, target.notes)
 
 
 def _card(adapter: ControlAdapterFiles, dial: Dial, pairs: dict[str, LoraPair], notes: tuple[str, ...]) -> str:

@@ -100,6 +100,7 @@ class Target:
     Attributes:
         facts: the layers' facts by layer number.
         writers: "mlp" or "all".
+        exact: the change of the writers is the adapter, to rounding.
         notes: what the user must hear: that the result only approximates the adapter, that the base is of another
             type than the one it was trained on or of one that is in no table, or how far the exact inverse is from the
             one it was trained with.
@@ -107,6 +108,7 @@ class Target:
 
     facts: Mapping[int, LayerFacts]
     writers: Writers
+    exact: bool
     notes: tuple[str, ...]
 
     def names(self, layer: int) -> tuple[str, ...]:
@@ -144,9 +146,10 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dia
     model_type, parallel, facts = _base_facts(adapter, base)
     _refuse_unknown(adapter, facts, writers)
     post_norms = any(layer.post_norms for layer in facts.values())
-    target = Target(facts, writers, ())
+    approximation = _approximation(adapter.site, writers, parallel, post_norms)
+    target = Target(facts, writers, approximation is None, ())
     notes = (
-        _approximation(adapter.site, writers, parallel, post_norms),
+        approximation,
         _other_family(adapter, base),
         _unlisted_family(model_type, target),
         neumann_note(adapter, [dial.strength]),

@@ -16,6 +16,7 @@ from cadapter.adapters.factors import LowRank
 from cadapter.convert.lora_directory import LoraFiles, LoraPair, read_lora
 from cadapter.convert.operators import (
     Dial,
+    Target,
     Writers,
     does_nothing,
     find_target,
@@ -98,8 +99,8 @@ def _multiply_module(plan: Plan, base: Checkpoint, module: str, change: Multiply
 
 def plan_control(
     plan: Plan, base: Checkpoint, adapter: ControlAdapterFiles, dial: Dial, writers: Writers | None
-) -> tuple[str, ...]:
-    """Add to ``plan`` what a control adapter changes; returns the notes of its :class:`Target`.
+) -> Target:
+    """Add to ``plan`` what a control adapter changes; returns where that is.
 
     Raises:
         UsageError: the adapter does not fit the base, changes nothing, or its power does not exist.
@@ -109,7 +110,7 @@ def plan_control(
         if not does_nothing(operator):
             for writer in target.names(layer):
                 _multiply_module(plan, base, module_name(layer, writer), Multiply(operator.A, operator.B))
-    return target.notes
+    return target
 
 
 def plan_multiplicative(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> None:
@@ -185,18 +186,24 @@ class Recipe:
     Attributes:
         plan: changes by tensor name.
         steps: one sentence for each adapter, in the order in which they act.
+        adapters: the control adapters among them, each at its dial.
+        exact: every change is its adapter, to rounding.
         notes: what the user must hear.
     """
 
     plan: Plan = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    adapters: list[tuple[ControlAdapterFiles, Dial]] = field(default_factory=list)
+    exact: bool = True
     notes: list[str] = field(default_factory=list)
 
     def add_control(self, base: Checkpoint, path: Path, dial: Dial, writers: Writers | None) -> None:
         """Append a control adapter."""
         adapter = read_control_adapter(path)
-        notes = plan_control(self.plan, base, adapter, dial, writers)
-        self.notes.extend(note for note in notes if note not in self.notes)
+        target = plan_control(self.plan, base, adapter, dial, writers)
+        self.notes.extend(note for note in target.notes if note not in self.notes)
+        self.exact &= target.exact
+        self.adapters.append((adapter, dial))
         self.steps.append(f"control adapter `{path.name}` (rank {adapter.rank}, site `{adapter.site}`) at {dial}")
 
 
