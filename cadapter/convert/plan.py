@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, kind_of, read_control_adapter
@@ -27,6 +28,8 @@ from cadapter.convert.operators import (
 )
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.loading import make_skeleton
+from cadapter.models.stored import StoredWeights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -44,7 +47,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class AddProduct:
-    """``X ← X + x·s·B·A`` for a weight [out, in]; ``factor`` = x·s."""
+    """``X ← X + x·s·B·A`` for a weight [out, in], or experts' [E, out, in] with factors of each; ``factor`` = x·s."""
 
     A: Tensor
     B: Tensor
@@ -144,17 +147,48 @@ def plan_additive(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> 
     if dial.is_power:
         raise UsageError("--strength does not exist for an additive LoRA.\nUse --scale X, or --inverse to subtract it.")
     touched = 0
+    stored = _stored(base) if any(pair.A.ndim == 3 for pair in lora.pairs.values()) else None
     for module, pair in lora.pairs.items():
-        _check_module(base, lora, module, f"{module}.weight")
-        check_writer(base, f"{module}.weight", pair.B.shape[0], pair.A.shape[1])
         factor = pair.scale * dial.factor * dial.strength
-        if factor and pair.A.any() and pair.B.any():
-            plan.setdefault(f"{module}.weight", []).append(AddProduct(pair.A, pair.B, factor))
-            touched += 1
+        if stored is not None and pair.A.ndim == 3:
+            changes = _expert_changes(base, lora, stored, module, pair, factor)
+        else:
+            _check_module(base, lora, module, f"{module}.weight")
+            changes = {f"{module}.weight": AddProduct(pair.A, pair.B, factor)}
+        for name, change in changes.items():
+            check_writer(base, name, change.B.shape[-2], change.A.shape[-1])
+            if factor and change.A.any() and change.B.any():
+                plan.setdefault(name, []).append(change)
+                touched += 1
         if pair.bias is not None and factor and pair.bias.any():
             _add_bias(plan, base, lora, module, pair, factor)
             touched += 1
     _refuse_nothing(touched, lora, dial)
+
+
+def _stored(base: Checkpoint) -> StoredWeights:
+    return StoredWeights(base, make_skeleton(base.config, torch.float32))
+
+
+def _expert_changes(
+    base: Checkpoint, lora: LoraFiles, stored: StoredWeights, tensor: str, pair: LoraPair, factor: float
+) -> dict[str, AddProduct]:
+    """A pair on fused experts as changes of what the base holds on disk: one tensor, or one for each expert."""
+    if tensor not in stored:
+        raise UsageError(f"{lora.path} adapts {tensor}, which {base.directory} does not have.")
+    changes, experts, out_features = {}, len(pair.A), pair.B.shape[1]
+    parts = stored.parts(tensor)
+    rows = sum(base.shape(part.name)[-2] for part in parts if part.expert in (None, 0))
+    held = base.shape(parts[0].name)[0] if parts[0].expert is None else 1 + max(part.expert or 0 for part in parts)
+    if (held, rows) != (experts, out_features):
+        raise UsageError(
+            f"{lora.path} adapts {experts} experts of {tensor}, each with {out_features} outputs; {base.directory} has "
+            f"{held} with {rows}."
+        )
+    for part in parts:
+        A, B = (pair.A, pair.B) if part.expert is None else (pair.A[part.expert], pair.B[part.expert])
+        changes[part.name] = AddProduct(A, B[..., part.rows, :], factor)
+    return changes
 
 
 def _add_bias(plan: Plan, base: Checkpoint, lora: LoraFiles, module: str, pair: LoraPair, factor: float) -> None:
