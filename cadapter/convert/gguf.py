@@ -19,9 +19,8 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from cadapter.adapters.directory import CONFIG_NAME, kind_of, read_adapter_config
-from cadapter.adapters.lora_directory import read_lora_adapter, refuse_unsupported
 from cadapter.convert.gguf_layout import LayoutPair, architecture_of, laid_out
-from cadapter.convert.lora_directory import LoraPair, adapts_experts, read_lora
+from cadapter.convert.lora_directory import LoraPair, read_lora
 from cadapter.errors import UsageError
 from cadapter.files import new_file
 from cadapter.models.checkpoint import load_model_config, resolve_model
@@ -128,7 +127,7 @@ def write_gguf(
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def _read(lora: Path) -> dict[str, LoraPair]:
+def _read(lora: Path) -> Mapping[str, LoraPair]:
     """The pairs of an additive LoRA directory, by module in Hugging Face's model."""
     kind = kind_of(lora)
     if kind == "control":
@@ -141,8 +140,7 @@ def _read(lora: Path) -> dict[str, LoraPair]:
             f"{lora} is a multiplicative LoRA, and llama.cpp knows additive ones.\nMake one of the control adapter "
             f"with cadapter to-add-lora, or merge this one: cadapter merge BASE {lora} OUTPUT"
         )
-    config = read_adapter_config(lora)
-    pairs = _read_with_experts(lora, config) if adapts_experts(config) else dict(read_lora(lora, PROGRAM).pairs)
+    pairs = read_lora(lora, PROGRAM).pairs
     biased = [module for module, pair in pairs.items() if pair.bias is not None and pair.bias.any()]
     if biased:
         raise UsageError(
@@ -152,18 +150,6 @@ def _read(lora: Path) -> dict[str, LoraPair]:
     if not any(pair.A.any() and pair.B.any() for pair in pairs.values()):
         raise UsageError(f"{lora} changes nothing: B·A = 0 in every module.\nNothing was written.")
     return pairs
-
-
-def _read_with_experts(lora: Path, config: Mapping[str, Any]) -> dict[str, LoraPair]:
-    refuse_unsupported(config, lora / CONFIG_NAME, PROGRAM)
-    files = read_lora_adapter(lora)
-    names = [name.removesuffix(".lora_A") for name in files.tensors if name.endswith(".lora_A")]
-    return {
-        f"model.{name}": LoraPair(
-            files.tensors[f"{name}.lora_A"], files.tensors[f"{name}.lora_B"], files.settings.scale
-        )
-        for name in names
-    }
 
 
 def _base_directory(lora: Path, base: str | None) -> Path:

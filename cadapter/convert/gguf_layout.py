@@ -101,8 +101,7 @@ def laid_out(
     """Name and lay out ``pairs`` as llama.cpp has them.
 
     Args:
-        pairs: by module in Hugging Face's model; on fused experts A [r·experts, in] and B [out, r·experts] as PEFT
-            stores them.
+        pairs: by module in Hugging Face's model, or by the tensor of fused experts.
         config: the base model's.
         shapes: of the base model's tensors, by their names in memory.
         where: the LoRA's directory, for messages.
@@ -146,16 +145,12 @@ def _reordered_heads(module: str, config: Any) -> int:
 def _parts(module: str, pair: LoraPair, shape: Sequence[int], where: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The pair or pairs that a module's becomes, each with the module's name as gguf's table has it."""
     A, B = pair.A.float(), pair.B.float()
-    experts = shape[0] if len(shape) == 3 else 1
-    if A.shape[0] % experts or (B.shape[0], A.shape[1]) != tuple(shape[-2:]):
+    if (*A.shape[:-2], B.shape[-2], A.shape[-1]) != tuple(shape):
         order = ", and let target_parameters name a module's tensors in the module's order"
         raise UsageError(
             f"{where}: {module} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, which do not fit the base "
-            f"model's weight {list(shape)}.\nUse it with the model it was trained on"
-            f"{order * (len(shape) == 3)}."
+            f"model's weight {list(shape)}.\nUse it with the model it was trained on{order * (len(shape) == 3)}."
         )
-    if len(shape) == 3:
-        A, B = A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
     if module.endswith(_FUSED_GATE_UP):
         for name, half in zip(("gate_proj", "up_proj"), B.chunk(2, dim=1), strict=True):
             yield module.replace("gate_up_proj", name), A, half

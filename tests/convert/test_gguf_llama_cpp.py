@@ -89,7 +89,7 @@ def test_rows_of_q_and_k_in_the_models_own_order_would_be_wrong(name, plain_mode
     assert error(run_llama_cpp(file, tokens, tmp_path / "wrong.gguf"), expected) > 0.05
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "qwen2_moe"])
 def test_from_a_control_adapter_to_llama_cpp(name, plain_model, make_adapter, native_logits, tokens, logits, tmp_path):
     """native = merged in Hugging Face's model = LoRA in llama.cpp = merged in llama.cpp."""
     base, file = plain_model(name)
