@@ -160,7 +160,7 @@ def test_mistakes_are_told_in_plain_lines(arguments, message, base, adapter, mod
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize("command", ["inspect-norms", "to-mult-lora", "to-add-lora", "merge"])
+@pytest.mark.parametrize("command", ["inspect-norms", "to-mult-lora", "to-add-lora", "merge", "to-gguf"])
 def test_help_has_examples_and_imports_no_torch(command):
     code = (
         "import sys; sys.argv = ['cadapter', sys.argv[1], '--help']\n"
