@@ -66,7 +66,7 @@ class _Merger:
         for change in self.plan.get(entry.name, []):
             new = change(new)
         stored = new.to(TORCH_DTYPES[self.dtype or entry.dtype])
-        if not torch.isfinite(stored).all():
+        if not _fits(new, stored.dtype):
             raise UsageError(
                 f"{self.base.directory}: {entry.name} would hold NaN or infinite values in {stored.dtype}.\n"
                 "The base has them already, or they leave the range of that dtype: choose another with --dtype."
@@ -90,6 +90,12 @@ class _Merger:
             )
             self.advance(sum(self.base.file_of(name) == file for name in self.base.names()))
         self.summary.copied = len(self.base.names()) - self.summary.changed
+
+
+def _fits(exact: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers are finite in ``dtype``; NaN are none. One pass, faster than isfinite of half precision."""
+    smallest, largest = torch.aminmax(exact) if exact.numel() else (exact.new_zeros(()), exact.new_zeros(()))
+    return bool(torch.maximum(-smallest, largest) <= torch.finfo(dtype).max)
 
 
 def merge_model(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -129,6 +128,16 @@ def copy_and_flush(source: Path, target: Path) -> None:
         os.close(descriptor)
 
 
+def peak_memory(code: str) -> int:
+    """Most bytes that a process running ``code`` had in memory (VmHWM: a child's ru_maxrss may be its parent's)."""
+    wrapped = (
+        f"try:\n    {code}\nexcept SystemExit:\n    pass\n"
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
+    done = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, check=True)
+    return int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024
+
+
 def merge(repeats: int) -> None:
     """The command against a copy of the same files."""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,13 +158,9 @@ def merge(repeats: int) -> None:
             )
             merges.append(time.perf_counter() - started)
             inside.append(float(done.stdout.split(" GB in ")[1].split(" s")[0]))
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        imports = subprocess.run(
-            [sys.executable, "-c", "import torch, transformers, cadapter.convert.merge, resource;"
-             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        rest = int(imports.stdout) * 1024
+        names = [str(root / name) for name in ("base", "adapter", "again")]
+        peak = peak_memory(f"import sys; sys.argv[1:] = ['merge', *{names!r}]; from cadapter.cli import main; main()")
+        rest = peak_memory("import torch, transformers, cadapter.convert.merge")
         print(f"--- merge of a bfloat16 model of {size / 1e9:.2f} GB, {repeats} runs, medians")
         copy, whole, work = (statistics.median(times) for times in (copies, merges, inside))
         print(f"copying the files, flushed  {copy:6.1f} s  {size / 1e9 / copy:5.2f} GB/s")
