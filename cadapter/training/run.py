@@ -17,6 +17,7 @@ from cadapter.training.build import Plan, build_run, plan_run, record_run, run_f
 from cadapter.training.distributed import World, from_main, joined_world, on_main, sum_over_world
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import compare_settings, given_keys, settings_of
+from cadapter.training.room import check_room, naming_what_is_kept, room_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
 from cadapter.training.state import load_checkpoint
@@ -60,6 +61,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     plan = plan_run(config, world, resume_from)
     if world.is_main:
         show_plan(plan)
+    on_main(lambda: check_room(room_of(plan), directory), world)
     if options.dry_run:
         if world.is_main:
             note("Everything checked, nothing trained. Leave out --dry-run to train.")
@@ -78,6 +80,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
 
     on_main(start, world)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_what_is_kept(directory))
         reporter = None
         if world.is_main:
             reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))

@@ -101,9 +101,6 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            trial = self.path / ".write-trial"
-            trial.write_bytes(b"")
-            trial.unlink()
         except OSError as error:
             raise UsageError(f"output_dir = {self.path} cannot be written: {error.strerror}.") from error
         self.claim()
