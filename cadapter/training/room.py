@@ -7,7 +7,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cadapter.errors import CannotWrite, UsageError
 from cadapter.files import writing

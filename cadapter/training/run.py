@@ -14,7 +14,9 @@ from cadapter.config import Config, config_warnings
 from cadapter.models.loading import CausalLM
 from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
-from cadapter.training.distributed import World, from_main, joined_world, on_main, sum_over_world
+from cadapter.training.distributed import World, from_main, on_main, sum_over_world
+from cadapter.training.engine import check_deepspeed
+from cadapter.training.failures import joined_world
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import compare_settings, given_keys, settings_of
 from cadapter.training.room import check_room, naming_what_is_kept, room_of
@@ -44,16 +46,17 @@ def train(config: Config, source: Path, options: TrainOptions) -> None:
         Stopped: a signal asked for it; a checkpoint was written.
     """
     directory = RunDirectory(Path(config.output_dir))
-    with joined_world() as world, contextlib.closing(directory):
+    with joined_world(directory.path) as world, contextlib.closing(directory):
         _train(config, source, options, directory, world)
 
 
 def _train(config: Config, source: Path, options: TrainOptions, directory: RunDirectory, world: World) -> None:
     signals = StopSignals()
+    remark = check_deepspeed()
     config_text = source.read_text("utf-8")
     resume_from = _checkpoint_to_resume(directory, options, world)
     if world.is_main:
-        for text in config_warnings(config):
+        for text in (*config_warnings(config), *filter(None, [remark])):
             warn(text)
     given = given_keys(options.overrides)
     if resume_from is not None:
@@ -68,6 +71,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         return
     if options.resume and world.is_main:
         note(f"Resuming from {resume_from}." if resume_from else "No checkpoint to resume from: starting afresh.")
+    world.watch.enter("loading the model")
     started = time.monotonic()
     run = build_run(plan, world, directory, resume_from, given)
     if world.is_main:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from cadapter.errors import UsageError
 from cadapter.files import tidy
+from cadapter.training.error_file import ERROR_FILE
 from cadapter.training.state import newest_checkpoint
 
-PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best")
+PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best", ERROR_FILE)
 
 
 class RunDirectory:
@@ -104,6 +105,7 @@ class RunDirectory:
         except OSError as error:
             raise UsageError(f"output_dir = {self.path} cannot be written: {error.strerror}.") from error
         self.claim()
+        (self.path / ERROR_FILE).unlink(missing_ok=True)
         if fresh:
             self.tidy_up()
             for part in self.parts():

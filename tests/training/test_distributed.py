@@ -39,7 +39,7 @@ def test_one_process_tells(body: str, rank: int) -> None:
     codes, said, seconds = run_processes(body)
     assert said.count("spoilt") == 1, said  # Python's own traceback of the one that tells
     assert said.count("Traceback") == 1, said
-    assert f"From rank {rank} of 2:" in said
+    assert f"From rank {rank} of 2, start-up:" in said
     assert codes == [1, 1]
     assert seconds < 60  # and not the half hour that a collective waits
 

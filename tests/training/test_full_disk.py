@@ -87,6 +87,9 @@ def test_a_disk_that_fills_up_during_the_run(project: Project, disk: Path, proce
     assert "internal error" not in errors
     assert "Traceback" not in errors
     assert not list(directory.rglob("*.partial-*"))
+    if processes > 1:
+        assert "From rank 0 of 2 (stage 0 of 2), " in errors
+    assert f"The newest whole checkpoint is {checkpoint}." in (directory / "error.txt").read_text("utf-8")
 
     others.unlink()
     step = int(checkpoint.name.removeprefix("step-"))
@@ -94,6 +97,7 @@ def test_a_disk_that_fills_up_during_the_run(project: Project, disk: Path, proce
         "train", config, "--num-gpus", processes, "--resume-from-checkpoint", "--set", f"max_steps={step + 4}"
     )  # fmt: skip
     assert [line["step"] for line in metrics(directory)] == list(range(1, step + 5))
+    assert not (directory / "error.txt").exists()
 
 
 def test_a_disk_that_becomes_read_only_during_the_run(project: Project, disk: Path) -> None:
