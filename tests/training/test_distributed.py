@@ -170,7 +170,7 @@ def fail_to_write(world: World) -> None:
 def test_a_source_that_fails_between_its_parts_ends_the_job() -> None:
     codes, said, seconds = run_processes(f"{HERE} fail_to_send; fail_to_send(world)")
     assert said.count("OSError: no space left") == said.count("Traceback") == 1, said
-    assert "From rank 1 of 2:" in said
+    assert "From rank 1 of 2, start-up:" in said
     assert codes == [1, 1]
     assert seconds < 60
 
