@@ -217,9 +217,7 @@ def launch_command(part: Part, arguments: Sequence[str]) -> list[str]:
 
 def _with_accelerator(environ: Mapping[str, str]) -> dict[str, str]:
     """``environ`` of a launcher: DeepSpeed looks for an accelerator with a warning where there is none."""
-    accelerator = "cuda" if visible_gpus() else "cpu"
-    # The store of a rank that is gone is said by us, in one line.
-    return {"DS_ACCELERATOR": accelerator, "TORCH_CPP_LOG_LEVEL": "ERROR", **environ}
+    return {"DS_ACCELERATOR": "cuda" if visible_gpus() else "cpu", **environ}
 
 
 def run_part(part: Part, arguments: Sequence[str], errors: ErrorFile) -> int:
@@ -267,6 +265,8 @@ def relaunched(
     """
     # Until a trainer listens, a request to save kills nobody; the processes started here inherit that.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Read when torch is imported: that a connection to a rank is lost is said by us, in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if inside_a_job():
         if JOB in os.environ:  # the parent is the launcher, which may be killed together with the command
             end_with_parent()()
