@@ -141,11 +141,14 @@ def test_a_checkpoint_goes_on_in_any_layout(
     if stages != 2:
         assert f"Changed since the checkpoint: pipeline_stages: 2 in the checkpoint, {stages} now." in done.stdout
     assert [line["step"] for line in metrics(directory)] == list(range(1, 21))
-    names = [name for name in metrics(straight)[-1] if "loss" in name or name == "train/grad_norm"]
-    assert len(names) == 5
     for one, other in zip(metrics(directory), metrics(straight), strict=True):
+        first, second = (
+            {name: value for name, value in line.items() if "loss" in name or name == "train/grad_norm"}
+            for line in (one, other)
+        )
+        assert len(first) > 2
         # Sums of some 500 float32 terms, added in different orders and on different processes.
-        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-5, abs=1e-5)
+        assert first == pytest.approx(second, rel=1e-5, abs=1e-5), one["step"]
     last = [metrics(each, "eval")[-1] for each in (directory, straight)]
     assert last[0]["step"] == last[1]["step"] == 20
     assert last[0]["eval/loss"] == pytest.approx(last[1]["eval/loss"], rel=1e-5)
