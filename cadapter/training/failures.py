@@ -108,6 +108,9 @@ def _another_tells(error: BaseException, world: World, file: ErrorFile) -> tuple
     interrupted = 130 if isinstance(error, KeyboardInterrupt) else 1
     own_code = error.exit_code if isinstance(error, CadapterError) else interrupted
     claim = f"{world.rank} {own_code}"
+    # What ends this process is known. The launcher stops all as soon as the first has ended, also the one that tells.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     try:
         if not world.is_main:
             with contextlib.suppress(dist.DistStoreError):

@@ -44,6 +44,21 @@ def test_one_process_tells(body: str, rank: int) -> None:
     assert seconds < 60  # and not the half hour that a collective waits
 
 
+LISTENS = "from cadapter.training.signals import StopSignals; StopSignals(); import os, signal, threading, time"
+
+
+@pytest.mark.processes
+def test_who_tells_is_not_stopped_by_a_launcher_that_ends_the_others() -> None:
+    """A launcher sends SIGTERM to all as soon as one has ended, while rank 0 still waits for the last to hear of it."""
+    stop = "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()"
+    body = f"{LISTENS}; {stop} if world.is_main else time.sleep(3); raise ValueError('spoilt')"
+    codes, said, _ = run_processes(body)
+    assert codes == [1, 1], said
+    assert said.count("spoilt") == 1, said
+    assert "From rank 0 of 2" in said
+    assert "Stopped" not in said
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(("error", "code"), [("UsageError('x')", 2), ("KeyboardInterrupt", 130)])
 def test_all_end_with_the_exit_code_of_the_error(error: str, code: int) -> None:
