@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,10 +13,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cadapter.errors import UsageError
+from cadapter.errors import CannotWrite, UsageError
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{8}")
 """The names that :func:`_sibling` gives."""
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""How a disk says that it takes no more; what reads never meets these."""
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust (safetensors) tell of the system's errors."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say in plain words where the disk refuses what the block writes at ``target``.
+
+    Raises:
+        CannotWrite: it is full, over a quota or read-only.
+    """
+    try:
+        yield
+    except Exception as error:
+        match = _IN_WORDS.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+        if number not in _REFUSALS:
+            raise
+        raise CannotWrite(f"{target} cannot be written: {os.strerror(number)}.") from error
 
 
 def refuse_existing(output: Path, force: bool) -> None:
@@ -46,6 +68,7 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or its parent cannot be written.
+        CannotWrite: the disk is full.
     """
     output = Path(os.path.abspath(output))
     refuse_existing(output, force)
@@ -55,11 +78,12 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                flush_to_disk(file)
-        replace_directory(temporary, output)
+        with writing(output):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    flush_to_disk(file)
+            replace_directory(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -79,7 +103,7 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def tidy(directory: Path) -> list[str]:
-    """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`write_text`.
+    """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`new_file`.
 
     What was half written is removed. Where the old version had been moved away and the new one was not there yet, the
     old one takes its place again. Nobody else may be writing in the directory.
@@ -105,17 +129,45 @@ def tidy(directory: Path) -> list[str]:
     return done
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
-    temporary = _sibling(path, "partial")
+@contextmanager
+def new_file(output: Path, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling that becomes ``output`` when the block succeeds.
+
+    When the block raises, the sibling is removed and ``output`` is as it was.
+
+    Raises:
+        UsageError: ``output`` exists and ``force`` is not given, is a directory, or its parent cannot be written.
+        CannotWrite: the disk is full.
+    """
+    output = Path(os.path.abspath(output))
+    if output.is_dir():
+        raise UsageError(f"{output} is a directory.\nGive the name of a file.")
+    refuse_existing(output, force)
+    temporary = _sibling(output, "partial")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with writing(output):
+            try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                temporary.touch()
+            except (PermissionError, FileExistsError, NotADirectoryError) as error:
+                raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
+            yield temporary
+            flush_to_disk(temporary)
+            temporary.replace(output)
+            flush_to_disk(output.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all; an older file is replaced."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, whole or not at all; an older file is replaced."""
+    with new_file(path, force=True) as file:
+        file.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

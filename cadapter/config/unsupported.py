@@ -20,8 +20,6 @@ class _Row:
 
 
 _CONFIG_ROWS = (
-    _Row("control_form", lambda table: table.control_form == "symmetric", 'use "general"'),
-    _Row("control_gamma", lambda table: table.control_gamma not in (None, 0.5)),
     _Row(
         "activation_checkpointing",
         lambda table: table.activation_checkpointing in ("selective", "offload"),
