@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cadapter.commands.prepare import command
+from cadapter.config import load_config
 from cadapter.data import prepare_data
 from cadapter.data.showing import render
 from cadapter.errors import UsageError
@@ -37,8 +38,6 @@ def row(screen: str, name: str, table: str = "Prepared data") -> list[str]:
 
 
 def test_the_tables(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cadapter.config import load_config
-
     command(config_file)
     screen = capsys.readouterr().out
     data = prepare_data(load_config(config_file))
@@ -120,6 +119,9 @@ def test_bad_records_are_left_out_and_listed(
         command(config_file)
     command(config_file, skip_bad=2)
     assert row(capsys.readouterr().out, "good")[-1] == "hit"
+    used = prepare_data(load_config(config_file)).reports[0]  # as train does
+    assert (used.cache_hit, len(used.bad_records)) == (True, 2)
+    assert "2 records that cannot be used are left out" in capsys.readouterr().err
 
 
 def test_hits_misses_and_force(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

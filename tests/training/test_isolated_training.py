@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from cadapter.classes import NEUTRAL
 from cadapter.data import PackedSequences, prepare_data
 from cadapter.data.batches import BatchPlan
 from cadapter.data.packing import DOCUMENT_START, TRAINED
-from tests.tiny_project import Project, metrics, run, run_well
+from tests.tiny_models import SHAPE
+from tests.tiny_project import VOCABULARY, Project, metrics, run, run_well
+from tests.tiny_tokenizer import make_tokenizer
 from tests.training.test_layouts import ALL, LOSS, assert_same_run
 
 COMMON: dict[str, Any] = {
@@ -79,3 +81,19 @@ def test_it_is_another_run_than_a_packed_one(project: Project, one_process: Path
     refused = run("train", config, "--resume-from-checkpoint")
     assert refused.returncode == 2
     assert "document_attention: 'isolated' in the checkpoint, 'packed' now" in refused.stderr
+
+
+@pytest.mark.processes
+def test_a_model_that_leaks_is_refused_before_anything_is_read(own_project: Project) -> None:
+    config = GptOssConfig(
+        **SHAPE, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * SHAPE["num_hidden_layers"]
+    )
+    config.vocab_size = VOCABULARY
+    (own_project.root / "model").unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained(own_project.root / "model")
+    make_tokenizer(own_project.root / "model")
+    refused = run("train", own_project.write_config("leaks", **COMMON), "--dry-run")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "error: document_attention = \"isolated\" is not possible with a model of type 'gpt_oss'" in refused.stderr
+    packed = run("train", own_project.write_config("packed", **{**COMMON, "document_attention": "packed"}), "--dry-run")
+    assert packed.returncode == 0, packed.stderr
