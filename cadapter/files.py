@@ -144,19 +144,19 @@ def new_file(output: Path, force: bool = False) -> Iterator[Path]:
         raise UsageError(f"{output} is a directory.\nGive the name of a file.")
     refuse_existing(output, force)
     temporary = _sibling(output, "partial")
-    try:
-        with writing(output):
-            try:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                temporary.touch()
-            except (PermissionError, FileExistsError, NotADirectoryError) as error:
-                raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
+    with writing(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
+        try:
             yield temporary
             flush_to_disk(temporary)
             temporary.replace(output)
             flush_to_disk(output.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from cadapter.errors import CadapterError
+from cadapter.files import write_text
+
 ERROR_FILE = "error.txt"
 
 
@@ -30,7 +33,7 @@ class ErrorFile:
         return self._stamp() not in (None, self._before)
 
     def write(self, text: str) -> None:
-        """Write ``text`` if there is a directory and it can be written: an error that cannot be kept hides no other."""
+        """Write ``text``, whole or not at all, if there is a directory: an error that cannot be kept hides no other."""
         if self._path is not None and self.is_kept:
-            with contextlib.suppress(OSError):
-                self._path.write_text(text.rstrip() + "\n", "utf-8")
+            with contextlib.suppress(OSError, CadapterError):
+                write_text(self._path, text.rstrip() + "\n")
