@@ -63,7 +63,6 @@ def quantise_block_(block: nn.Module) -> None:
             block.set_submodule(path, _in_4_bits(block.get_submodule(path)))
         else:
             _quantise_experts_(block.get_submodule(path), parameter)
-    block.is_loaded_in_4bit = True  # type: ignore[assignment]  # a plain flag, which peft looks for
 
 
 def four_bit_weights(block: nn.Module) -> list[str]:
