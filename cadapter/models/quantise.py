@@ -21,19 +21,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from cadapter.errors import CadapterError, UsageError
+from cadapter.models.four_bit import BLOCK_SIZE, QUANT_TYPE, SCALE_GROUP, FourBitLinear
 
 # On some CPUs bitsandbytes advises, whenever it is imported, to install a package that fetches kernels from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-QUANT_TYPE = "nf4"
-BLOCK_SIZE = 64
-"""Numbers that share one scale, their largest magnitude."""
 
 DOUBLE_QUANTISATION = True
 """Scales are held in 8 bits, in groups of 256 with a float32 scale of their own: 0.516 bytes a weight instead of 0.563.
 That is 0.3 GiB of an 8B model and 3 GiB of a 70B model. It costs two small kernels each time a layer is used, and
 what it adds to the rounding error of nf4 is hundreds of times smaller than that error (0.0920 and 0.0921 relative)."""
-SCALE_GROUP = 256
 
 LARGEST_TENSOR = 2**31 - 1
 """bitsandbytes counts the numbers of a tensor in 32 bits; beyond, it would quantise some of them only."""
@@ -47,8 +43,8 @@ def quantise_block_(block: nn.Module) -> None:
     """Hold the weights of ``block`` in 4 bits, in place; it must lie on its final device.
 
     One tensor after the other is quantised and its source freed. What is computed with a weight has the dtype that the
-    weight had. ``peft`` sees that the block is in 4 bits. Experts are dequantised as a whole in a forward pass, and
-    autograd keeps the copy for the backward pass unless the block is recomputed.
+    weight had. Experts are dequantised as a whole in a forward pass, and autograd keeps the copy for the backward pass
+    unless the block is recomputed.
 
     Raises:
         UsageError: bitsandbytes cannot be used, or a weight cannot be held in 4 bits; nothing is changed then.
@@ -60,7 +56,7 @@ def quantise_block_(block: nn.Module) -> None:
     for name in names:
         path, _, parameter = name.rpartition(".")
         if isinstance(block.get_submodule(path), nn.Linear):
-            block.set_submodule(path, _in_4_bits(block.get_submodule(path)))
+            block.set_submodule(path, FourBitLinear(block.get_submodule(path), DOUBLE_QUANTISATION))
         else:
             _quantise_experts_(block.get_submodule(path), parameter)
 
@@ -133,27 +129,6 @@ def load_bitsandbytes(device: torch.device) -> None:
             f"bitsandbytes {bitsandbytes.__version__} has no library that works with CUDA {torch.version.cuda}.\n"
             "See what it found with: python -m bitsandbytes"
         )
-
-
-def _in_4_bits(source: nn.Module) -> nn.Module:
-    """Return the linear layer ``source`` with its weight in 4 bits and its own bias."""
-    import bitsandbytes
-
-    weight, bias = source.weight, source.bias
-    linear = bitsandbytes.nn.Linear4bit(
-        source.in_features, source.out_features, bias=False, compute_dtype=weight.dtype, device="meta"
-    )
-    linear.weight = bitsandbytes.nn.Params4bit(
-        weight.data,
-        requires_grad=False,
-        blocksize=BLOCK_SIZE,
-        compress_statistics=DOUBLE_QUANTISATION,
-        quant_type=QUANT_TYPE,
-        module=linear,
-    ).to(weight.device)  # quantises
-    linear.bias = bias
-    linear.support_avx512bf16_for_cpu = False
-    return linear.train(source.training)
 
 
 def _quantise_experts_(experts: nn.Module, name: str) -> None:
