@@ -23,17 +23,6 @@ _CONFIG_ROWS = (
     _Row("control_form", lambda table: table.control_form == "symmetric", 'use "general"'),
     _Row("control_gamma", lambda table: table.control_gamma not in (None, 0.5)),
     _Row("document_attention", lambda table: table.document_attention == "isolated", 'use "packed"'),
-    _Row(
-        "activation_checkpointing",
-        lambda table: table.activation_checkpointing in ("selective", "offload"),
-        'use "auto", "none", "full" or an integer',
-    ),
-    _Row("compile", lambda table: table.compile is True, 'use "auto" or false'),
-    _Row(
-        "attn_implementation",
-        lambda table: table.attn_implementation not in (None, "auto", "sdpa", "eager"),
-        'use "auto", "sdpa" or "eager"',
-    ),
     _Row("trust_remote_code", lambda table: table.trust_remote_code is True),
 )
 

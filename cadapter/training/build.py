@@ -20,7 +20,8 @@ from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, eva
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.checkpoint import resolve_model
-from cadapter.models.layers import CarrierFormat
+from cadapter.models.execution import BlockRunner
+from cadapter.models.layers import CarrierFormat, run_block
 from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.terminal import note
@@ -91,12 +92,21 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
         penalty=mode.name == "control" and neutral and has_neutral,
         dropout=mode.name != "full" and config.lora_dropout > 0,
     )
-    builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout))
+    runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
+    builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout), runner)
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     data = prepare_together(config, world)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
     return Plan(config, layout, data, model, mode, builder, bounds, steps)
+
+
+def compiles(config: Config, model: CausalLM) -> bool:
+    """Whether decoder blocks and the loss are compiled."""
+    if config.compile != "auto":
+        return bool(config.compile)
+    # Experts in 4 bits are unpacked by Python code that is no function of tensors.
+    return model.device.type == "cuda" and not (model.four_bit and model.has_experts)
 
 
 def _recompute(config: Config, model: CausalLM, mode: Mode, layout: Layout) -> Recompute:
@@ -170,7 +180,9 @@ def build_run(
         neutral=config.control_class0_lambda * weights.neutral if builder.carrier.penalty else 0.0,
         applications=plan.mode.applications,
     )
-    loss = TrainingLoss(settings, config.gradient_accumulation_steps * layout.replicas, world.device)
+    is_compiled = compiles(config, plan.model)
+    averaged_over = config.gradient_accumulation_steps * layout.replicas
+    loss = TrainingLoss(settings, averaged_over, world.device, is_compiled, config.compile is True)
     pipeline = Pipeline(
         builder.builders(), plan.bounds, layout, loss, config.micro_batch_size, config.gradient_accumulation_steps
     )

@@ -21,14 +21,18 @@ BYTES_PER_INTERMEDIATE = 6
 
 @dataclass(frozen=True)
 class Recompute:
-    """The decision: recompute block i where ``i % every == 0``; 0 recomputes none. ``reason`` is for the user."""
+    """The decision: block i keeps what ``keep`` says where ``i % every == 0``, the others everything; 0: all do.
+
+    ``keep`` is one of :data:`cadapter.models.execution.SHARES`; ``reason`` is for the user.
+    """
 
     every: int
     reason: str = ""
+    keep: str = "full"
 
-    def block(self, index: int) -> bool:
-        """Whether block ``index`` is recomputed."""
-        return self.every > 0 and index % self.every == 0
+    def block(self, index: int) -> str:
+        """What block ``index`` keeps."""
+        return self.keep if self.every > 0 and index % self.every == 0 else "none"
 
 
 def kept_bytes(config: Any, tokens: int, blocks: int, bytes_per_number: int) -> float:
@@ -53,8 +57,8 @@ def decide(
     """
     if isinstance(setting, int):
         return Recompute(setting)
-    if setting == "full":
-        return Recompute(1)
+    if setting in ("selective", "full", "offload"):
+        return Recompute(1, keep=setting)
     if setting == "none" or free is None:
         return Recompute(0)
     blocks = -(-config.num_hidden_layers // stages)

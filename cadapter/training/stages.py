@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
-from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer
+from cadapter.models.execution import BlockRunner
+from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer, run_block
 from cadapter.models.loading import CausalLM
 from cadapter.training.modes.base import Mode
 from cadapter.training.recompute import Recompute
@@ -21,13 +23,22 @@ class StageBuilder:
         mode: what is put into the blocks.
         carrier: what travels.
         recompute: which blocks are computed again in the backward pass.
+        runner: of the blocks; None: they run as they are.
     """
 
-    def __init__(self, model: CausalLM, mode: Mode, carrier: CarrierFormat, recompute: Recompute) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        mode: Mode,
+        carrier: CarrierFormat,
+        recompute: Recompute,
+        runner: BlockRunner | None = None,
+    ) -> None:
         self.model = model
         self.mode = mode
         self.carrier = carrier
         self.recompute = recompute
+        self.runner = runner or BlockRunner(run_block)
         self._frame = Frame(model)
         self._embedding: nn.Module | None = None
 
@@ -37,12 +48,17 @@ class StageBuilder:
         return [self._first, *blocks, self._last]
 
     def _first(self) -> nn.Module:
-        self._embedding = self.model.embedding()
-        return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier)
+        self._embedding = self.model.embedding(self._place_of_embedding())
+        return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier, self.model.device)
+
+    def _place_of_embedding(self) -> torch.device:
+        """Where the table of token embeddings lies: on the host, unless it is trained or the head's weight as well."""
+        is_trained = self.mode.trainable()[0] > 0
+        return self.model.device if is_trained or self.model.tied else torch.device("cpu")
 
     def _block(self, index: int) -> nn.Module:
         block = self.mode.wrap(self.model.block(index), index)
-        return DecoderLayer(block, index, self._frame, self.carrier, self.recompute.block(index))
+        return DecoderLayer(block, index, self._frame, self.carrier, self.recompute.block(index), self.runner)
 
     def _last(self) -> nn.Module:
         weights = self.model.head_weights(self._embedding)
