@@ -112,7 +112,7 @@ class BlockRunner:
 
     def __init__(self, function: Callable[..., Any], compiled: bool = False, required: bool = False) -> None:
         self._function = function
-        # What to keep is an argument for its sake: a version of the code for each.
+        # The share that is kept is an argument, so that there is a version of the code for each.
         self._compiled = Compiled(partial(_run, function), "the decoder block", required) if compiled else None
         self._offload: HostCopies | None = None
 
@@ -128,7 +128,7 @@ class BlockRunner:
         with self._host_copies(hidden) if keep == "offload" else contextlib.nullcontext():
             if self._compiled is not None and self._compiled.works:
                 with torch._functorch.config.patch(activation_memory_budget=SHARES[keep]):
-                    return self._compiled(keep, block, hidden, *args)
+                    return self._compiled(SHARES[keep], block, hidden, *args)
             if keep == "none":
                 return self._function(block, hidden, *args)
             chosen = {}
@@ -148,7 +148,8 @@ class BlockRunner:
         return self._offload.instead_of(hidden)
 
 
-def _run(function: Callable[..., Any], keep: str, *args: Any) -> Any:
+def _run(function: Callable[..., Any], share: float, *args: Any) -> Any:
+    assert 0 <= share <= 1  # compiled code is made for a value only if the value is looked at
     return function(*args)
 
 
