@@ -177,8 +177,11 @@ class HostCopies:
     def instead_of(self, hidden: Tensor) -> Iterator[None]:
         """Have autograd keep a copy of ``hidden`` instead of itself; other tensors are kept as they are."""
 
+        # Autograd holds on to this function, which therefore must not hold on to ``hidden``.
+        place, shape = hidden.data_ptr(), hidden.shape
+
         def pack(tensor: Tensor) -> Any:
-            same = tensor.data_ptr() == hidden.data_ptr() and tensor.shape == hidden.shape
+            same = tensor.data_ptr() == place and tensor.shape == shape
             return self._send(tensor) if same else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):

@@ -22,7 +22,7 @@ from cadapter.files import new_directory
 from cadapter.terminal import warn
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
 from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world
-from cadapter.training.engine import Pipeline
+from cadapter.training.engine import Pipeline, PipelineBatch
 from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
@@ -88,6 +88,7 @@ class Trainer:
         self.signals = signals
         self.position = run.position
         self._pending: _Pending | None = None
+        self._prefetched: tuple[int, list[PipelineBatch]] = (0, [])
         self._evaluations = evaluation_steps(run.config.evals_per_run if run.evaluation else 0, run.plan.total_steps)
         self._last_checkpoint = time.monotonic()
         self._checkpointed_step = self.position.step
@@ -118,8 +119,11 @@ class Trainer:
         run, step = self.run, self.position.step + 1
         started = time.monotonic()
         lr = run.config.lr * self._schedule(step)
-        size, accumulation = run.config.micro_batch_size, run.config.gradient_accumulation_steps
-        run.pipeline.train(training_micro_batches(run.batches, step, run.layout, size, accumulation, run.loss.settings))
+        run.pipeline.train(self._micro_batches(step))
+        # While the GPU works on that: report the step before, read the sequences of the step after.
+        self._flush()
+        if step < run.plan.total_steps:
+            self._prefetched = step + 1, self._micro_batches(step + 1)
         run.gradients.reduce(run.groups)
         norm, stop, save = self._agree()
         if math.isfinite(norm):
@@ -133,7 +137,6 @@ class Trainer:
                 warn(f"step {step}: a gradient is not finite; the step is skipped ({self.position.skipped} so far).")
         run.gradients.clear()
         numbers = torch.cat([run.loss.take_sums(), report.flatten() * (run.layout.replica == 0)])
-        self._flush()
         tokens = run.batches.totals(step).tokens
         self.position.step = step
         self.position.tokens += tokens
@@ -141,6 +144,15 @@ class Trainer:
         self.position.seconds += seconds
         self._pending = self._send(numbers, report.shape, lr, norm, seconds, tokens)
         return stop, save
+
+    def _micro_batches(self, step: int) -> list[PipelineBatch]:
+        """The micro-batches of ``step`` that this process's replica reads."""
+        ready, batches = self._prefetched
+        if ready == step:
+            return batches
+        run, config = self.run, self.run.config
+        size, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
+        return list(training_micro_batches(run.batches, step, run.layout, size, accumulation, run.loss.settings))
 
     def _schedule(self, step: int) -> float:
         config = self.run.config
