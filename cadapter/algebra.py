@@ -10,6 +10,9 @@ With ``z = A·x`` every operator of the method is ``y = s·B·T·z`` and differs
     its Neumann series   T = −(I − M + M² − … ± M^(k−1))
     ((I+W)^t − I)·x      T = f_t(M),  f_t(x) = ((1 + x)^t − 1)/x   (one group: t = 1, −1, 0, ½, 2, …)
 
+In the symmetric form, ``I + W = Q·diag(e^S)·Qᵀ + (I − QQᵀ)`` with orthonormal Q [H, r] and S [r], the operator is
+``A = Qᵀ``, ``B = Q``, ``s = 1`` and ``T = diag(expm1(t·S))``: every power exists, and t = −1 is the inverse.
+
 Leading dimensions batch where that is natural: [L, r, H] holds the factors of L layers.
 """
 
@@ -31,6 +34,12 @@ FRACTIONAL_ERROR = 1e-9
 
 QUADRATURE_POINTS = 32
 SQUARINGS = 11
+
+ORTHONORMAL = 1e-6
+"""‖QᵀQ − I‖ up to which the columns of Q count as orthonormal: about what float32 can store."""
+ORTHONORMALISING_STEPS = 4
+CONTRACTING = 0.5
+"""‖QᵀQ − I‖_F up to which steps toward orthonormal columns are taken: they contract there for every γ in (0, ½]."""
 
 
 def _identity_like(M: Tensor) -> Tensor:
@@ -186,6 +195,7 @@ class Health:
         effective_rank: ``(Σσ)² / Σσ²`` over the singular values of W; 0 for W = 0.
         neumann_remainder_1, neumann_remainder_2: ``‖(I+W)^-1 − Σ_{j≤k} (−W)^j‖₂`` for k = 1 and 2; infinite where
             ``I + W`` is singular.
+        singular_values: of W, the r that need not be zero, in descending order.
     """
 
     frobenius: float
@@ -197,14 +207,20 @@ class Health:
     effective_rank: float
     neumann_remainder_1: float
     neumann_remainder_2: float
+    singular_values: tuple[float, ...]
 
 
-def _singular_values_of_identity_plus(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Singular values of ``I + W``: those of ``I + Qᵀ·W·Q`` with Q a basis of [B, Aᵀ], and 1 where H > 2r."""
-    Q = torch.linalg.qr(torch.cat([B, A.mT], dim=1)).Q
-    inner = scale * (Q.mT @ B) @ (A @ Q)
-    values = torch.linalg.svdvals(_identity_like(inner) + inner)
-    return torch.cat([values, values.new_ones(1)]) if Q.shape[0] > Q.shape[1] else values
+def _triangular(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """R_B and R_A [2r, r] (or [H, r] where H < 2r) with ``B = Q·R_B`` and ``Aᵀ = Q·R_A`` for one Q with orthonormal
+    columns: in that basis W is ``s·R_B·R_Aᵀ`` and everything below is small. In float64."""
+    R = torch.linalg.qr(torch.cat([B.double(), A.double().mT], dim=1), mode="r").R
+    return R[:, : A.shape[0]], R[:, A.shape[0] :]
+
+
+def _remainder(R_A: Tensor, R_B: Tensor, scale: float, order: int) -> float:
+    M = core(R_A.mT, R_B, scale)
+    left_out = scale * R_B @ torch.linalg.matrix_power(M, order) @ exact_inverse(M) @ R_A.mT
+    return torch.linalg.matrix_norm(left_out, 2).item() if torch.isfinite(left_out).all() else math.inf
 
 
 def neumann_remainder(A: Tensor, B: Tensor, scale: float, order: int) -> float:
@@ -212,31 +228,34 @@ def neumann_remainder(A: Tensor, B: Tensor, scale: float, order: int) -> float:
 
     A [r, H], B [H, r]; worked out in float64 through the triangular factors of B and Aᵀ.
     """
-    A, B = A.double(), B.double()
-    M, R_A, R_B = core(A, B, scale), torch.linalg.qr(A.mT).R, torch.linalg.qr(B).R
-    left_out = scale * R_B @ torch.linalg.matrix_power(M, order) @ exact_inverse(M) @ R_A.mT
-    return torch.linalg.matrix_norm(left_out, 2).item() if torch.isfinite(left_out).all() else math.inf
+    R_B, R_A = _triangular(A, B)
+    return _remainder(R_A, R_B, scale, order)
 
 
 def health(A: Tensor, B: Tensor, scale: float) -> Health:
-    """Norms and health of ``W = s·B·A`` for A [r, H], B [H, r], in float64 through QR of both factors."""
-    A, B = A.double(), B.double()
-    R_A, R_B = torch.linalg.qr(A.mT).R, torch.linalg.qr(B).R
-    M = core(A, B, scale)
-    sigma = scale * torch.linalg.svdvals(R_B @ R_A.mT)
-    of_sum = _singular_values_of_identity_plus(A, B, scale)
+    """Norms and health of ``W = s·B·A`` for A [r, H], B [H, r], in float64 through one QR of [B, Aᵀ].
+
+    The singular values of ``I + W`` are those of ``I + s·R_B·R_Aᵀ``, and 1 where H > 2r.
+    """
+    R_B, R_A = _triangular(A, B)
+    inner = scale * R_B @ R_A.mT
+    sigma = torch.linalg.svdvals(inner)[: A.shape[0]]
+    of_sum = torch.linalg.svdvals(_identity_like(inner) + inner)
+    if A.shape[1] > 2 * A.shape[0]:
+        of_sum = torch.cat([of_sum, of_sum.new_ones(1)])
     squares = sigma.square().sum().item()
     smallest, largest = of_sum.amin().item(), of_sum.amax().item()
     return Health(
         frobenius=math.sqrt(squares),
         spectral=sigma.amax().item(),
-        radius=torch.linalg.eigvals(M).abs().amax().item(),
+        radius=torch.linalg.eigvals(core(R_A.mT, R_B, scale)).abs().amax().item(),
         sigma_min=smallest,
         sigma_max=largest,
         condition=largest / smallest if smallest > 0 else math.inf,
         effective_rank=sigma.sum().item() ** 2 / squares if squares > 0 else 0.0,
-        neumann_remainder_1=neumann_remainder(A, B, scale, 1),
-        neumann_remainder_2=neumann_remainder(A, B, scale, 2),
+        neumann_remainder_1=_remainder(R_A, R_B, scale, 1),
+        neumann_remainder_2=_remainder(R_A, R_B, scale, 2),
+        singular_values=tuple(sigma.tolist()),
     )
 
 
@@ -293,3 +312,41 @@ def decay_(A: Tensor, B: Tensor, scale: float, lr_times_lambda: float | Tensor) 
     A.sub_(c[..., None, None] * A_step)
     B.sub_(c[..., None, None] * B_step)
     return c, gram_A, gram_B
+
+
+def symmetric_decay(lr_times_lambda: float, rank: int) -> tuple[float, bool]:
+    """``min(lr·λ/r, 0.5)``, the share that S loses in a step, and whether the bound acted.
+
+    The division by r puts λ on the scale that it has in the general form.
+    """
+    share = lr_times_lambda / rank
+    return min(share, 0.5), share > 0.5
+
+
+def orthogonality_error(Q: Tensor) -> float:
+    """``‖QᵀQ − I‖₂`` for Q [H, r], in float64."""
+    gram = Q.double().mT @ Q.double()
+    return torch.linalg.matrix_norm(gram - _identity_like(gram), 2).item()
+
+
+def orthonormalising(gram: Tensor, gamma: float) -> Tensor:
+    """C [.., r, r] such that the columns of ``Q·C`` are orthonormal, from ``gram = QᵀQ`` in float64.
+
+    ``Q ← Q − γ·Q·(QᵀQ − I)`` until ``‖QᵀQ − I‖_F ≤ 1e-6`` (the spectral norm is smaller still), at most four times,
+    then QR with the signs kept. All of it stays in the span of Q, ``Q_k = Q·C_k`` and ``Q_kᵀQ_k = C_kᵀ·gram·C_k``, so
+    it runs on r × r matrices; the R of the QR is a Cholesky factor of ``gram``. Where Q is orthonormal already C is
+    exactly I. Nothing waits for the device.
+    """
+    identity = _identity_like(gram).expand_as(gram)
+    C = identity
+
+    def error(C: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(C.mT @ gram @ C - identity)[..., None, None]
+
+    for _ in range(ORTHONORMALISING_STEPS):
+        moves = (error(C) > ORTHONORMAL) & (error(C) <= CONTRACTING)
+        C = torch.where(moves, C - gamma * C @ (C.mT @ gram @ C - identity), C)
+    R = torch.linalg.cholesky_ex(gram, check_errors=False)[0].mT
+    by_qr = torch.linalg.solve_triangular(R, identity, upper=True)
+    by_qr = torch.where(torch.isfinite(by_qr).all(-1).all(-1)[..., None, None], by_qr, C)
+    return torch.where(error(C) > ORTHONORMAL, by_qr, C)

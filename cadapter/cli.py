@@ -25,6 +25,7 @@ COMMANDS = (
     "to-mult-lora",
     "to-add-lora",
     "merge",
+    "to-gguf",
     "schema",
 )
 """The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with

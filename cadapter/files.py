@@ -79,7 +79,7 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def tidy(directory: Path) -> list[str]:
-    """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`write_text`.
+    """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`new_file`.
 
     What was half written is removed. Where the old version had been moved away and the new one was not there yet, the
     old one takes its place again. Nobody else may be writing in the directory.
@@ -105,17 +105,43 @@ def tidy(directory: Path) -> list[str]:
     return done
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
-    temporary = _sibling(path, "partial")
+@contextmanager
+def new_file(output: Path, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling that becomes ``output`` when the block succeeds.
+
+    When the block raises, the sibling is removed and ``output`` is as it was.
+
+    Raises:
+        UsageError: ``output`` exists and ``force`` is not given, is a directory, or its parent cannot be written.
+    """
+    output = Path(os.path.abspath(output))
+    if output.is_dir():
+        raise UsageError(f"{output} is a directory.\nGive the name of a file.")
+    refuse_existing(output, force)
+    temporary = _sibling(output, "partial")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(output)
+        flush_to_disk(output.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all; an older file is replaced."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, whole or not at all; an older file is replaced."""
+    with new_file(path, force=True) as file:
+        file.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cadapter.adapters.directory import ControlAdapterFiles, LowRank, control_card, write_control_adapter
+from cadapter.adapters.directory import ControlAdapterFiles, control_card, write_control_adapter
+from cadapter.adapters.factors import LowRank
 from tests.tiny_models import HIDDEN, save_model
 from tests.tiny_tokenizer import make_tokenizer
 

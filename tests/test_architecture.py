@@ -29,7 +29,7 @@ TEAMS = ({"adapters", "data", "models"},)
 LIGHT = {"", "errors", "classes", "files", "terminal", "config", "commands", "cli", "__main__"}
 """Parts that answer before torch could have been imported: what they import at the top of a module is light."""
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "optimi", "pyarrow", "safetensors",
-         "numpy", "tensorboard", "rich"}  # fmt: skip
+         "numpy", "tensorboard", "rich", "gguf"}  # fmt: skip
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80

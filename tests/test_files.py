@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cadapter.errors import UsageError
-from cadapter.files import new_directory, tidy, write_text
+from cadapter.files import new_directory, new_file, tidy, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -33,6 +33,32 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "old"
     with pytest.raises(UsageError, match="already exists"), new_directory(tmp_path / "out"):
         pass
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    with new_file(tmp_path / "sub" / "out") as file:
+        file.write_text("old")
+
+    def fail() -> None:
+        with new_file(tmp_path / "sub" / "out", force=True) as file:
+            file.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert names(tmp_path / "sub") == ["out"]
+    assert (tmp_path / "sub" / "out").read_text() == "old"
+    for path, force, message in (
+        ("sub/out", False, "already exists"),
+        ("sub", True, "is a directory"),
+        ("sub/out/below", False, "Cannot write in"),
+    ):
+        with pytest.raises(UsageError, match=message), new_file(tmp_path / path, force):
+            pytest.fail("nothing may be written")
+    assert names(tmp_path / "sub") == ["out"]
+    with new_file(tmp_path / "sub" / "out", force=True) as file:
+        file.write_text("new")
+    assert (tmp_path / "sub" / "out").read_text() == "new"
 
 
 KILLED = """

@@ -7,6 +7,9 @@ With Δh what the block adds, one row per token, ``W = s·B·A`` and the token's
 where only the [r, r] matrix T_c differs: the identity for class +1 (y = W·Δh), ``−(I + M)^-1`` with
 ``M = s·A·B`` for class −1 (y = ((I + W)^-1 − I)·Δh, by Woodbury), zero for class 0 and for positions that
 predict nothing. The method is jukofyork's (qlora-pipe-lite); W is never formed.
+
+The symmetric form, ``W = Q·diag(expm1(S))·Qᵀ`` with orthonormal columns of Q, has ``A = Qᵀ``, ``B = Q``, ``s = 1``, and
+``T_c = diag(expm1(±S))``.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ PLACE_OF_MLP = 1
 """The places of a block where something is written to the residual stream: 0 the attention's, 1 the MLP's."""
 
 Transform = tuple[int, Tensor | None]
-"""A code and the [r, r] matrix that positions with this code receive; None is the identity."""
+"""A code and the T that positions with this code receive: [r, r], the diagonal [r] of one, or None, the identity."""
 
 SMALLEST_SQUARED_DELTA = 1e-6
 """Lower bound of ‖Δh‖² in the neutral loss, so that a position where the block adds nothing divides by no zero."""
@@ -44,6 +47,7 @@ class ControlSettings:
         rank: r.
         alpha: the scale is ``s = alpha / r``.
         site: where the adapter acts: "block", "mlp" or "writes".
+        form: "general" or "symmetric", which has no scale (alpha = r).
         inverse: how class −1 inverts: "exact", or "neumann" (the published method).
         neumann_order: number of terms of the Neumann series.
         dropout: probability with which a component of Δh is left out before A, in training.
@@ -53,6 +57,7 @@ class ControlSettings:
     rank: int
     alpha: float
     site: str = "block"
+    form: str = "general"
     inverse: str = "exact"
     neumann_order: int = 2
     dropout: float = 0.0
@@ -64,43 +69,52 @@ class ControlSettings:
         return self.alpha / self.rank
 
 
-def initial_factor(seed: int, layer: int, name: str, rank: int, hidden_size: int) -> Tensor:
-    """Return the initial A of a layer, [r, H]: Kaiming-uniform with a = √5, i.e. uniform in ±1/√H.
-
-    A function of (seed, layer, name) only, so that every layout starts alike.
-    """
+def _generator(seed: int, layer: int, name: str) -> torch.Generator:
+    """Random numbers that are a function of (seed, layer, name) only, so that every layout starts alike."""
     digest = hashlib.sha256(f"{seed}/{layer}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return (torch.rand(rank, hidden_size, generator=generator, dtype=torch.float32) * 2 - 1) / hidden_size**0.5
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def initial_factor(seed: int, layer: int, name: str, rank: int, hidden_size: int) -> Tensor:
+    """Return the initial A of a layer, [r, H]: Kaiming-uniform with a = √5, i.e. uniform in ±1/√H."""
+    uniform = torch.rand(rank, hidden_size, generator=_generator(seed, layer, name), dtype=torch.float32)
+    return (uniform * 2 - 1) / hidden_size**0.5
+
+
+def initial_directions(seed: int, layer: int, name: str, rank: int, hidden_size: int) -> Tensor:
+    """Return the initial Q of a layer, [H, r]: random orthonormal columns, uniform on the sphere each."""
+    normal = torch.randn(hidden_size, rank, generator=_generator(seed, layer, name), dtype=torch.float64)
+    Q, R = torch.linalg.qr(normal)
+    return (Q * R.diagonal().sign()).float()
 
 
 class ControlAdapter(nn.Module):
-    """The factors of one layer: A [r, H] and B [H, r] (zero, so that training starts at the identity)."""
+    """The adapter of one layer; its two forms differ in their parameters and in T_c."""
 
     place: Tensor
 
-    def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
+    def __init__(self, layer: int, settings: ControlSettings, device: Any = "cpu") -> None:
         super().__init__()
         self.settings = settings
         self.layer = layer
-        first = initial_factor(seed, layer, "control_A", settings.rank, hidden_size)
-        self.control_A = nn.Parameter(first.to(device, settings.dtype))
-        self.control_B = nn.Parameter(torch.zeros(hidden_size, settings.rank, device=device, dtype=settings.dtype))
         # What dropout's masks are a function of: a tensor, since compiled code would treat each number by itself.
         self.register_buffer("place", torch.tensor(2 * layer, device=device), persistent=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, H] and B [H, r] in float32, in which everything is worked out."""
-        return self.control_A.float(), self.control_B.float()
+        raise NotImplementedError
+
+    def enhancing(self) -> Tensor | None:
+        """T of class +1, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def suppressing(self) -> Tensor:
+        """T of class −1, differentiable in the parameters."""
+        raise NotImplementedError
 
     def class_transforms(self) -> list[Transform]:
-        """T_c of the classes +1 and −1, differentiable in A and B."""
-        middle = core(*self.factors(), self.settings.scale)
-        if self.settings.inverse == "exact":
-            inverse = exact_inverse(middle)
-        else:
-            inverse = neumann_inverse(middle, self.settings.neumann_order)
-        return [(POSITIVE, None), (NEGATIVE, inverse)]
+        """The T of the classes +1 and −1."""
+        return [(POSITIVE, self.enhancing()), (NEGATIVE, self.suppressing())]
 
     def forward(self, delta: Tensor, codes: Tensor, transforms: Sequence[Transform]) -> Tensor:
         """Return y = s·B·T_c·(A·Δh), [.., H] in the dtype of Δh.
@@ -114,23 +128,82 @@ class ControlAdapter(nn.Module):
         A, B = self.factors()
         reduced = (delta @ A.to(delta.dtype).T).float()
         chosen = torch.zeros_like(reduced)
-        for code, matrix in transforms:
-            image = reduced if matrix is None else reduced @ matrix.T
-            chosen = torch.where((codes == code).unsqueeze(-1), image, chosen)
+        for code, T in transforms:
+            chosen = torch.where((codes == code).unsqueeze(-1), _transformed(reduced, T), chosen)
         return chosen.to(delta.dtype) @ (self.settings.scale * B).to(delta.dtype).T
 
     def neutral_penalty(self, delta: Tensor, classes: Tensor) -> Tensor:
         """Return Σ ‖W·Δh‖² / max(‖Δh‖², 1e-6) over the positions of class 0, a scalar.
 
-        ‖W·Δh‖² = s²·zᵀ·(BᵀB)·z with z = A·Δh, so nothing wider than r is computed.
+        ‖W·Δh‖² = s²·zᵀ·(BᵀB)·z with z = T₊·A·Δh, so nothing wider than r is computed.
         """
         delta = delta.float()
         A, B = self.factors()
-        reduced = delta @ A.T
+        reduced = _transformed(delta @ A.T, self.enhancing())
         gram = B.T @ B
         moved = self.settings.scale**2 * ((reduced @ gram) * reduced).sum(-1)
         size = delta.square().sum(-1).clamp(min=SMALLEST_SQUARED_DELTA)
         return torch.where(classes == NEUTRAL, moved / size, 0.0).sum()
+
+
+def _transformed(reduced: Tensor, T: Tensor | None) -> Tensor:
+    """``T·z`` for each row z of ``reduced`` [.., r]."""
+    if T is None:
+        return reduced
+    return reduced * T if T.ndim == 1 else reduced @ T.T
+
+
+class GeneralAdapter(ControlAdapter):
+    """W = s·B·A with A [r, H] and B [H, r], which is zero at first, so that training starts at the identity."""
+
+    def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
+        super().__init__(layer, settings, device)
+        first = initial_factor(seed, layer, "control_A", settings.rank, hidden_size)
+        self.control_A = nn.Parameter(first.to(device, settings.dtype))
+        self.control_B = nn.Parameter(torch.zeros(hidden_size, settings.rank, device=device, dtype=settings.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.control_A.float(), self.control_B.float()
+
+    def enhancing(self) -> None:
+        """The identity."""
+
+    def suppressing(self) -> Tensor:
+        """The exact inverse, or its Neumann series."""
+        middle = core(*self.factors(), self.settings.scale)
+        if self.settings.inverse == "exact":
+            return exact_inverse(middle)
+        return neumann_inverse(middle, self.settings.neumann_order)
+
+
+class SymmetricAdapter(ControlAdapter):
+    """W = Q·diag(expm1(S))·Qᵀ with orthonormal columns of Q [H, r], and S [r], which is zero at first."""
+
+    def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
+        super().__init__(layer, settings, device)
+        first = initial_directions(seed, layer, "control_Q", settings.rank, hidden_size)
+        self.control_Q = nn.Parameter(first.to(device, settings.dtype))
+        self.control_S = nn.Parameter(torch.zeros(settings.rank, device=device, dtype=settings.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Qᵀ and Q."""
+        Q = self.control_Q.float()
+        return Q.T, Q
+
+    def enhancing(self) -> Tensor:
+        """The diagonal expm1(S)."""
+        return torch.expm1(self.control_S.float())
+
+    def suppressing(self) -> Tensor:
+        """The diagonal expm1(−S): ``I + W`` with −S is the inverse."""
+        return torch.expm1(-self.control_S.float())
+
+
+def new_adapter(hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any) -> ControlAdapter:
+    """The adapter of a layer in the form that the settings say, with its initial values, on ``device``."""
+    kind = SymmetricAdapter if settings.form == "symmetric" else GeneralAdapter
+    return kind(hidden_size, layer, settings, seed, device)
 
 
 @dataclass

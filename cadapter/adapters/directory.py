@@ -1,8 +1,9 @@
 """Control-adapter directories on disk: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
 The config is PEFT-shaped. Factors are stored as trained, in float32, under
-``base_model.model.model.layers.N.control_A.weight`` [r, H] and ``….control_B.weight`` [H, r]. Directories of the
-published tool (qlora-pipe-lite), whose ``peft_type`` is "LORA", are recognised by their ``control_A`` keys.
+``base_model.model.model.layers.N.control_A.weight`` [r, H] and ``….control_B.weight`` [H, r], or in the symmetric form
+``….control_Q.weight`` [H, r] and ``….control_S.weight`` [r]. Directories of the published tool (qlora-pipe-lite), whose
+``peft_type`` is "LORA", are recognised by their ``control_A`` or ``control_Q`` keys.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cadapter.adapters.control import SITES
+from cadapter.adapters.factors import FORMS, Factors, Symmetric, named
 from cadapter.adapters.layer_facts import LayerFacts
 from cadapter.adapters.layer_facts import describe_layers as describe_layers  # found here too
+from cadapter.algebra import orthogonality_error
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 
@@ -32,18 +35,13 @@ CONTROL_TYPE = "CONTROL_ADAPTER"
 MULTIPLICATIVE_TYPE = "MULTIPLICATIVE_LORA"
 INVERSES = ("exact", "neumann")
 
-_CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.control_([AB])(?:\.weight)?")
-_SYMMETRIC_KEY = re.compile(r".*\.control_(Q|S|lambda)(\.weight)?")
+LEAST_ORTHONORMAL = 1e-3
+"""‖QᵀQ − I‖₂ above which a symmetric adapter is refused: its powers by t·S are none of ``I + W``."""
+
+_CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.control_([ABQS])(?:\.weight)?")
+_SHAPES = {"A": ("r", "hidden size"), "B": ("hidden size", "r"), "Q": ("hidden size", "r"), "S": ("r",)}
 
 Kind = Literal["control", "multiplicative", "additive"]
-
-
-@dataclass
-class LowRank:
-    """One layer's factors as stored: A [r, H] and B [H, r]."""
-
-    A: Tensor
-    B: Tensor
 
 
 @dataclass
@@ -52,9 +50,9 @@ class ControlAdapterFiles:
 
     Attributes:
         path: the directory (for messages).
-        rank, alpha: r, and alpha such that ``scale = alpha / r``.
-        layers: factors by layer number.
-        site, form, inverse, neumann_order: how it was trained.
+        rank, alpha: r, and alpha such that ``scale = alpha / r``; the symmetric form has alpha = r, no scale.
+        layers: factors by layer number, all of one form.
+        site, inverse, neumann_order: how it was trained.
         base_model_type, base_model_name_or_path: the base, where recorded.
         facts: facts of the base's layers by layer number; empty where not recorded.
         config: the whole ``adapter_config.json``; keys that this class does not know survive a rewrite.
@@ -63,9 +61,8 @@ class ControlAdapterFiles:
     path: Path
     rank: int
     alpha: float
-    layers: dict[int, LowRank]
+    layers: Mapping[int, Factors]
     site: str = "block"
-    form: str = "general"
     inverse: str = "exact"
     neumann_order: int = 2
     base_model_type: str | None = None
@@ -77,6 +74,11 @@ class ControlAdapterFiles:
     def scale(self) -> float:
         """s = alpha / r."""
         return self.alpha / self.rank
+
+    @property
+    def form(self) -> str:
+        """ "general" or "symmetric"."""
+        return next(iter(self.layers.values())).form
 
     @property
     def hidden_size(self) -> int:
@@ -165,7 +167,7 @@ def kind_of(path: Path) -> Kind:
         UsageError: it holds none that cadapter knows.
     """
     config = read_adapter_config(path)
-    if any(_CONTROL_KEY.fullmatch(key) or _SYMMETRIC_KEY.fullmatch(key) for key in adapter_keys(path)):
+    if any(_CONTROL_KEY.fullmatch(key) for key in adapter_keys(path)):
         return "control"
     peft_type = config.get("peft_type")
     if peft_type == MULTIPLICATIVE_TYPE:
@@ -174,7 +176,8 @@ def kind_of(path: Path) -> Kind:
         return "additive"
     if peft_type == CONTROL_TYPE:
         raise UsageError(
-            f"{path / WEIGHTS_NAME} has no control_A and control_B tensors although {CONFIG_NAME} says so."
+            f"{path / WEIGHTS_NAME} has no control_A and control_B tensors (nor control_Q and control_S) although "
+            f"{CONFIG_NAME} says that it is a control adapter."
         )
     raise UsageError(
         f"{path / CONFIG_NAME}: peft_type is {peft_type!r}.\n"
@@ -201,37 +204,61 @@ def _one_of(config: Mapping[str, Any], key: str, allowed: tuple[str, ...], file:
     return str(value)
 
 
-def _read_factors(path: Path, rank: int) -> dict[int, LowRank]:
+def _read_factors(path: Path, form: str, rank: int) -> dict[int, Factors]:
     """Group the tensors by layer and check that every layer has both factors, of one rank and one hidden size."""
-    file = path / WEIGHTS_NAME
+    file, wanted = path / WEIGHTS_NAME, [each.name for each in fields(FORMS[form])]
     found: dict[int, dict[str, Tensor]] = {}
+    sizes: dict[str, int] = {}
     for name, tensor in read_adapter_tensors(path).items():
         match = _CONTROL_KEY.fullmatch(name)
-        if match is None:
-            if _SYMMETRIC_KEY.fullmatch(name):
-                raise UsageError(f"{file}: {name} belongs to a symmetric control adapter, which is not supported yet.")
-            raise UsageError(f"{file}: unexpected tensor {name}; a control adapter has control_A and control_B only.")
+        if match is None or match[2] not in wanted:
+            has = " and ".join(f"control_{factor}" for factor in wanted)
+            raise UsageError(f"{file}: unexpected tensor {name}; this control adapter has {has} only.")
         layer, factor = int(match[1]), match[2]
         if factor in found.setdefault(layer, {}):
             raise UsageError(f"{file}: {name} names layer {layer} a second time.")
-        if tensor.ndim != 2 or tensor.shape[0 if factor == "A" else 1] != rank:
-            expected = f"[{rank}, hidden size]" if factor == "A" else f"[hidden size, {rank}]"
-            raise UsageError(f"{file}: {name} has shape {list(tensor.shape)}; with r = {rank} it must be {expected}.")
+        _check_shape(tensor, name, factor, rank, sizes, file)
         found[layer][factor] = tensor
-    layers = {}
+    layers: dict[int, Factors] = {}
     for layer in sorted(found):
-        missing = {"A", "B"} - found[layer].keys()
+        missing = [factor for factor in wanted if factor not in found[layer]]
         if missing:
-            raise UsageError(f"{file}: layer {layer} has no control_{missing.pop()}; its other factor is there.")
-        layers[layer] = LowRank(found[layer]["A"], found[layer]["B"])
-    hidden_size = next(iter(layers.values())).A.shape[1]
-    for layer, factors in layers.items():
-        if factors.A.shape[1] != hidden_size or factors.B.shape[0] != hidden_size:
-            raise UsageError(
-                f"{file}: layer {layer} has hidden sizes {factors.A.shape[1]} (control_A) and {factors.B.shape[0]} "
-                f"(control_B); the first layer has {hidden_size}."
-            )
+            raise UsageError(f"{file}: layer {layer} has no control_{missing[0]}; its other factor is there.")
+        layers[layer] = FORMS[form](*(found[layer][factor] for factor in wanted))
     return layers
+
+
+def _check_shape(tensor: Tensor, name: str, factor: str, rank: int, sizes: dict[str, int], file: Path) -> None:
+    """Make sure that a factor has the shape of its kind; ``sizes`` holds the hidden size once one is known."""
+    known = {"r": rank, **sizes}
+    shape, expected = list(tensor.shape), [known.get(size, size) for size in _SHAPES[factor]]
+    if len(shape) != len(expected) or any(e != s for e, s in zip(expected, shape, strict=True) if isinstance(e, int)):
+        text = ", ".join(map(str, expected))
+        raise UsageError(
+            f"{file}: {name} has shape {shape}; with r = {rank} it must be [{text}]"
+            + (", as in the tensors before it." if sizes else ".")
+        )
+    sizes.update((size, n) for size, n in zip(_SHAPES[factor], shape, strict=True) if size != "r")
+
+
+def _form_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The form that the tensors' names tell, which the config must not contradict."""
+    named_factors = {match[2] for key in adapter_keys(path) if (match := _CONTROL_KEY.fullmatch(key))}
+    form = "symmetric" if named_factors & {"Q", "S"} else "general"
+    said = _one_of({"control_form": form, **config}, "control_form", tuple(FORMS), path / CONFIG_NAME)
+    if said != form:
+        raise UsageError(f"{path / CONFIG_NAME}: control_form is {said!r}, but {WEIGHTS_NAME} holds the {form} form.")
+    return form
+
+
+def _check_orthonormal(layers: Mapping[int, Factors], file: Path) -> None:
+    """Make sure that the columns of Q are orthonormal, on which every power of a symmetric adapter rests."""
+    for layer, factors in layers.items():
+        if isinstance(factors, Symmetric) and (error := orthogonality_error(factors.Q)) > LEAST_ORTHONORMAL:
+            raise UsageError(
+                f"{file}: the columns of control_Q of layer {layer} are not orthonormal (‖QᵀQ − I‖₂ = {error:.2g}): "
+                "this is no symmetric control adapter, or it is damaged."
+            )
 
 
 def _check_layer_list(config: Mapping[str, Any], layers: Iterable[int], file: Path) -> None:
@@ -274,22 +301,25 @@ def read_control_adapter(path: Path) -> ControlAdapterFiles:
     path = Path(path)
     config = read_adapter_config(path)
     if kind_of(path) != "control":
-        raise UsageError(f"{path} is not a control adapter: {WEIGHTS_NAME} has no control_A and control_B tensors.")
-    file = path / CONFIG_NAME
-    if _one_of(config, "control_form", ("general", "symmetric"), file) == "symmetric":
-        raise UsageError(f"{path} is a symmetric control adapter, which is not supported yet.")
-    rank, alpha = positive_number(config, "r", file), positive_number(config, "lora_alpha", file)
+        raise UsageError(
+            f"{path} is not a control adapter: {WEIGHTS_NAME} has no control_A and control_B tensors, nor control_Q "
+            "and control_S."
+        )
+    file, form = path / CONFIG_NAME, _form_of(path, config)
+    rank = positive_number(config, "r", file)
     if not rank.is_integer():
         raise UsageError(f"{file}: r must be a whole number, not {rank}.")
+    alpha = rank if form == "symmetric" else positive_number(config, "lora_alpha", file)
     order = config.get("control_neumann_order", 2)
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
         raise UsageError(f"{file}: control_neumann_order must be a whole number of at least 1, not {order!r}.")
-    layers = _read_factors(path, int(rank))
+    layers = _read_factors(path, form, int(rank))
     _check_layer_list(config, layers, file)
+    _check_orthonormal(layers, path / WEIGHTS_NAME)
     return ControlAdapterFiles(
         path=path,
         rank=int(rank),
-        alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+        alpha=alpha * math.sqrt(rank) if config.get("use_rslora") and form == "general" else alpha,
         layers=layers,
         site=_one_of(config, "control_site", SITES, file),
         inverse=_one_of(config, "control_inverse", INVERSES, file),
@@ -357,9 +387,9 @@ def write_control_adapter(
     """
     tensors = {}
     for layer, factors in adapter.layers.items():
-        prefix = f"base_model.model.model.layers.{layer}"
-        tensors[f"{prefix}.control_A.weight"] = factors.A.detach().to("cpu", torch.float32).contiguous()
-        tensors[f"{prefix}.control_B.weight"] = factors.B.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in named(factors).items():
+            stored = tensor.detach().to("cpu", torch.float32).contiguous()
+            tensors[f"base_model.model.model.layers.{layer}.{name}.weight"] = stored
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     write_json(directory / CONFIG_NAME, control_config(adapter))
     for name, text in {**(extra_files or {}), "README.md": card}.items():
@@ -381,6 +411,7 @@ def control_card(adapter: ControlAdapterFiles) -> str:
     """The model card of a control adapter, in Markdown."""
     base = adapter.base_model_name_or_path or "(not recorded)"
     inverse = "exact" if adapter.inverse == "exact" else f"Neumann series of order {adapter.neumann_order}"
+    operator = "`W = s·B·A`" if adapter.form == "general" else "`W = Q·diag(exp(S) − 1)·Qᵀ`"
     return f"""---
 library_name: cadapter
 tags:
@@ -389,7 +420,7 @@ tags:
 
 # Control Adapter
 
-A Control Adapter changes what each decoder block adds to the residual stream: with `W = s·B·A` of low rank, strength
+A Control Adapter changes what each decoder block adds to the residual stream: with {operator} of low rank, strength
 +1 applies `I + W`, strength −1 its inverse, and every strength t between and beyond `(I + W)^t`.
 
 | | |

@@ -191,7 +191,7 @@ def write_lora_adapter(
     factors = {
         f"model.layers.{layer}.{module}.lora_{factor}.weight": tensors[f"layers.{layer}.{name}.lora_{factor}"]
         for layer, each in targets.by_layer.items()
-        for name, module in _modules_on_disk(each).items()
+        for name, module in modules_on_disk(each).items()
         for factor in "AB"
     }
     config = lora_fields(LORA_TYPE, settings.rank, settings.alpha, targets.target_modules, targets.by_layer, base_name)
@@ -202,8 +202,8 @@ def write_lora_adapter(
     save_pairs(directory, config, factors, _card(config, settings, targets, base_type))
 
 
-def _modules_on_disk(targets: Targets) -> dict[str, str]:
-    """The module whose name the factors of each target have in the file, both within the block."""
+def modules_on_disk(targets: Targets) -> dict[str, str]:
+    """By target, the module whose name the factors of each target have in the file, both within the block."""
     modules = {name: name for name in targets.linears}
     following: dict[str, int] = {}
     for name in reversed(targets.experts):

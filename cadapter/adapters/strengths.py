@@ -1,4 +1,4 @@
-"""An adapter read from disk, put to work at any strength: factors into modules, strengths into [r, r] matrices."""
+"""An adapter read from disk, put to work at any strength: factors into modules, strengths into transforms."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cadapter.adapters.control import ControlAdapter, Transform
+from cadapter.adapters.control import ControlAdapter, ControlSettings, Transform
 from cadapter.adapters.directory import ControlAdapterFiles
-from cadapter.algebra import core, neumann_remainder, strength_transform
+from cadapter.adapters.factors import named
+from cadapter.algebra import neumann_remainder
+
+
+def native_settings(files: ControlAdapterFiles) -> ControlSettings:
+    """What modules that apply the adapter must know of it."""
+    return ControlSettings(files.rank, files.alpha, files.site, files.form)
 
 
 def load_factors(adapter: ControlAdapter, files: ControlAdapterFiles) -> None:
-    """Copy A and B of ``adapter.layer`` from ``files`` into ``adapter``."""
-    factors = files.layers[adapter.layer]
-    adapter.control_A.data.copy_(factors.A)
-    adapter.control_B.data.copy_(factors.B)
+    """Copy the factors of ``adapter.layer`` from ``files``, which is of the same form, into ``adapter``."""
+    for name, tensor in named(files.layers[adapter.layer]).items():
+        adapter.get_parameter(name).data.copy_(tensor)
 
 
 def layer_transform(files: ControlAdapterFiles, layer: int, t: float) -> Tensor | None:
-    """Return the matrix f_t(M) [r, r] of ``(I + W)^t = I + s·B·f_t(M)·A`` in float32; None is the identity (t = 1).
+    """Return the T of ``(I + W)^t = I + s·B·T·A`` in float32, as :class:`ControlAdapter` takes it.
 
     Raises:
         UsageError: this power does not exist for the layer, which is named.
     """
-    if t == 1:
-        return None
-    factors = files.layers[layer]
-    middle = core(factors.A.double(), factors.B.double(), files.scale)
-    return strength_transform(middle, t, f"layer {layer}").float()
+    power = files.layers[layer].power(t, files.scale, f"layer {layer}")
+    return None if power is None else power.float()
 
 
 def strength_table(files: ControlAdapterFiles, layer: int, strengths: Sequence[float]) -> list[Transform]:
-    """Return the [r, r] transforms of one layer, code k for the k-th strength; strength 0 needs none.
+    """Return the transforms of one layer, code k for the k-th strength; strength 0 needs none.
 
     Raises:
         UsageError: a strength does not exist for this layer, which is named.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cadapter.adapters.control import ControlAdapter, ControlSettings
 from cadapter.adapters.trained import Norms
-from cadapter.algebra import core, decay_, norms_from_gram
+from cadapter.algebra import core, decay_, norms_from_gram, orthonormalising, symmetric_decay
 
 
 class TrainedControlAdapters:
@@ -21,6 +21,7 @@ class TrainedControlAdapters:
         layers: all adapted layers of the model, in order.
         decay: λ of the composite decay, which float32 factors alone get: in bfloat16 it would be lost in rounding.
         device: of the stage.
+        gamma: γ of the symmetric form.
     """
 
     copies: frozenset[str] = frozenset()
@@ -32,24 +33,27 @@ class TrainedControlAdapters:
         layers: Sequence[int],
         decay: float,
         device: torch.device,
+        gamma: float = 0.5,
     ) -> None:
         self.adapters = list(adapters)
         self.settings = settings
         self.layers = list(layers)
         self.decay = decay if settings.dtype == torch.float32 else 0.0
         self.device = device
+        self.gamma = gamma
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of this stage by name, such as ``layers.3.control_A``."""
         named: dict[str, nn.Parameter] = {}
         for adapter in self.adapters:
-            named[f"layers.{adapter.layer}.control_A"] = adapter.control_A
-            named[f"layers.{adapter.layer}.control_B"] = adapter.control_B
+            named.update((f"layers.{adapter.layer}.{name}", value) for name, value in adapter.named_parameters())
         return named
 
     @torch.no_grad()
     def after_step(self, lr: float) -> Tensor:
         """Decay every adapter of the stage with this step's learning rate, and return what their norms follow from.
+
+        In the symmetric form the columns of Q are made orthonormal again, too.
 
         Returns:
             [adapted layers of the model, 3·r² + 2] float64: AAᵀ, BᵀB and the core M after the decay, ‖W‖_F²/s² before
@@ -61,20 +65,50 @@ class TrainedControlAdapters:
         if not self.adapters:
             return report
         first = self.layers.index(self.adapters[0].layer)
-        A = torch.stack([adapter.control_A.detach().float() for adapter in self.adapters])
-        B = torch.stack([adapter.control_B.detach().float() for adapter in self.adapters])
+        A, B = self._factors()
         before = ((A @ A.mT).double() * (B.mT @ B).double()).sum(dim=(1, 2))
-        bounded = torch.zeros_like(before)
-        if self.decay > 0:
-            coefficient, _, _ = decay_(A, B, scale, lr * self.decay)
-            bounded = (coefficient < lr * self.decay * scale**2 * (1 - 1e-6)).double()
-            for adapter, new_A, new_B in zip(self.adapters, A, B, strict=True):
-                adapter.control_A.copy_(new_A)
-                adapter.control_B.copy_(new_B)
+        if self.settings.form == "symmetric":
+            bounded = self._after_symmetric_step(lr)
+            A, B = self._factors()
+        else:
+            bounded = self._decay(A, B, lr)
         parts = [A @ A.mT, B.mT @ B, core(A, B, scale)]
         rows = [part.double().flatten(1) for part in parts]
         report[first : first + len(self.adapters)] = torch.cat([*rows, before[:, None], bounded[:, None]], dim=1)
         return report
+
+    def _stacked(self, name: str) -> Tensor:
+        """A parameter of all adapters of the stage as one float32 tensor [L, ..]."""
+        return torch.stack([adapter.get_parameter(name).detach().float() for adapter in self.adapters])
+
+    def _store(self, name: str, values: Tensor) -> None:
+        for adapter, value in zip(self.adapters, values, strict=True):
+            adapter.get_parameter(name).copy_(value)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A [L, r, H] and B [L, H, r] with ``W = s·B·A``, whatever the form."""
+        if self.settings.form == "symmetric":
+            Q = self._stacked("control_Q")
+            return Q.mT, Q * torch.expm1(self._stacked("control_S"))[:, None]
+        return self._stacked("control_A"), self._stacked("control_B")
+
+    def _decay(self, A: Tensor, B: Tensor, lr: float) -> Tensor:
+        """Decay the general form, ``A`` and ``B`` as well as the parameters; returns where the bound acted [L]."""
+        if not self.decay:
+            return A.new_zeros(len(A), dtype=torch.float64)
+        scale = self.settings.scale
+        coefficient, _, _ = decay_(A, B, scale, lr * self.decay)
+        self._store("control_A", A)
+        self._store("control_B", B)
+        return (coefficient < lr * self.decay * scale**2 * (1 - 1e-6)).double()
+
+    def _after_symmetric_step(self, lr: float) -> Tensor:
+        """``S ← (1 − min(lr·λ/r, 0.5))·S``, and Q orthonormal again; returns where the bound acted [L]."""
+        Q = self._stacked("control_Q").double()
+        self._store("control_Q", Q @ orthonormalising(Q.mT @ Q, self.gamma))
+        share, bounded = symmetric_decay(lr * self.decay, self.settings.rank)
+        self._store("control_S", (1 - share) * self._stacked("control_S"))
+        return Q.new_full((len(Q),), float(bounded))
 
     def norms(self, report: Tensor) -> Norms:
         """The norms of all adapted layers, from the sum of what :meth:`after_step` returned on every stage."""

@@ -16,11 +16,19 @@ if TYPE_CHECKING:
     from cadapter.algebra import Health
 
 EXAMPLES = (
-    "cadapter inspect-norms run/final",
+    "cadapter inspect-norms run/final --plot norms.png",
     "cadapter inspect-norms run/final --json norms.json --fail-above 1.0",
 )
 
-COLUMNS = ("layer", "‖W‖_F", "‖W‖₂", "ρ(W)", "σ_min(I+W)", "effective rank", "Neumann 1 lacks", "Neumann 2 lacks")
+COLUMNS = {
+    "‖W‖_F": "frobenius",
+    "‖W‖₂": "spectral",
+    "ρ(W)": "radius",
+    "σ_min(I+W)": "sigma_min",
+    "effective rank": "effective_rank",
+    "Neumann 1 lacks": "neumann_remainder_1",
+    "Neumann 2 lacks": "neumann_remainder_2",
+}
 
 
 def command(
@@ -29,33 +37,44 @@ def command(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the numbers as JSON; - prints them instead of the table."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw norms by layer and the singular values of W.", show_default=False),
+    ] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="X", help="Exit with 1 when a layer's spectral norm ‖W‖₂ exceeds X.")
     ] = None,
 ) -> None:
     """Show how strong a control adapter is in each layer, and whether its inverse is healthy.
 
-    Everything is worked out at the adapter's rank, in float64.
+    Everything is worked out at the adapter's rank, in float64. The symmetric form has one more column: how far its
+    directions are from orthonormal.
     """
     import json
 
     from cadapter.adapters.directory import read_control_adapter
-    from cadapter.convert.norms import measure, verdict
-    from cadapter.errors import CheckFailed
-    from cadapter.files import write_text
+    from cadapter.convert.norms import measure, orthogonality, verdict
+    from cadapter.convert.norms_plot import norms_picture
+    from cadapter.errors import CheckFailed, UsageError
+    from cadapter.files import write_bytes, write_text
     from cadapter.terminal import progress
 
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot {plot}: the picture is a PNG; give a name that ends in .png.")
     control = read_control_adapter(adapter)
     with progress("measuring", total=len(control.layers), unit="layers") as advance:
         measured = measure(control, advance)
     sentences = verdict(control, measured)
-    text = json.dumps(_as_json(control, measured, sentences), indent=2, ensure_ascii=False) + "\n"
+    errors = orthogonality(control)
+    text = json.dumps(_as_json(control, measured, errors, sentences), indent=2, ensure_ascii=False) + "\n"
     if str(json_file) == "-":
         print(text, end="")
     else:
         if json_file is not None:
             write_text(json_file, text)
-        _print_table(control, measured, sentences)
+        _print_table(control, measured, errors, sentences)
+    if plot is not None:
+        write_bytes(plot, norms_picture(_title(control), measured))
     above = [layer for layer, found in measured.items() if fail_above is not None and found.spectral > fail_above]
     if above:
         worst = max(above, key=lambda layer: measured[layer].spectral)
@@ -65,31 +84,32 @@ def command(
         )
 
 
-def _numbers(found: Health) -> tuple[float, ...]:
+def _title(control: ControlAdapterFiles) -> str:
+    form = "symmetric" if control.form == "symmetric" else f"scale {control.scale:.4g}"
     return (
-        found.frobenius,
-        found.spectral,
-        found.radius,
-        found.sigma_min,
-        found.effective_rank,
-        found.neumann_remainder_1,
-        found.neumann_remainder_2,
+        f"{control.path}: rank {control.rank}, {form}, site {control.site}, {control.inverse} inverse, "
+        f"{len(control.layers)} layers"
     )
 
 
-def _print_table(control: ControlAdapterFiles, measured: dict[int, Health], sentences: list[str]) -> None:
+def _print_table(
+    control: ControlAdapterFiles, measured: dict[int, Health], errors: dict[int, float], sentences: list[str]
+) -> None:
     from cadapter.terminal import table
 
-    rows = [(layer, *(f"{value:.4g}" for value in _numbers(found))) for layer, found in measured.items()]
-    columns = list(zip(*(_numbers(found) for found in measured.values()), strict=True))
-    largest = ("largest", *(f"{max(values):.4g}" for values in columns))
-    smallest = ("smallest", *(f"{min(values):.4g}" for values in columns))
-    mean = ("mean", *(f"{sum(values) / len(values):.4g}" for values in columns))
-    title = (
-        f"{control.path}: rank {control.rank}, scale {control.scale:.4g}, site {control.site}, "
-        f"{control.inverse} inverse, {len(measured)} layers"
-    )
-    table(title, COLUMNS, [*rows, largest, smallest, mean], align="r" * len(COLUMNS), footer="\n".join(sentences))
+    columns = {label: [getattr(found, name) for found in measured.values()] for label, name in COLUMNS.items()}
+    if errors:
+        columns["‖QᵀQ-I‖₂"] = list(errors.values())
+    rows = [(layer, *values) for layer, *values in zip(measured, *columns.values(), strict=True)]
+    for name, summarise in (("largest", max), ("smallest", min), ("mean", _mean)):
+        rows.append((name, *(summarise(values) for values in columns.values())))
+    shown = [(name, *(f"{value:.4g}" for value in values)) for name, *values in rows]
+    labels = ("layer", *columns)
+    table(_title(control), labels, shown, align="r" * len(labels), footer="\n".join(sentences))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
@@ -97,9 +117,16 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _as_json(control: ControlAdapterFiles, measured: dict[int, Health], sentences: list[str]) -> dict[str, Any]:
-    names = list(asdict(next(iter(measured.values()))))
-    values = {name: [getattr(found, name) for found in measured.values()] for name in names}
+def _as_json(
+    control: ControlAdapterFiles, measured: dict[int, Health], errors: dict[int, float], sentences: list[str]
+) -> dict[str, Any]:
+    layers: list[dict[str, Any]] = []
+    for layer, found in measured.items():
+        numbers = {**asdict(found), **({"orthogonality_error": errors[layer]} if errors else {})}
+        spectrum = numbers.pop("singular_values")
+        layers.append({"layer": layer, **_finite(numbers), "singular_values": spectrum})
+    names = [name for name in layers[0] if name not in ("layer", "singular_values")]
+    columns = {name: [math.inf if each[name] is None else each[name] for each in layers] for name in names}
     return {
         "adapter": str(control.path),
         "rank": control.rank,
@@ -108,9 +135,9 @@ def _as_json(control: ControlAdapterFiles, measured: dict[int, Health], sentence
         "form": control.form,
         "site": control.site,
         "inverse": control.inverse,
-        "layers": [{"layer": layer, **_finite(asdict(found))} for layer, found in measured.items()],
-        "max": _finite({name: max(column) for name, column in values.items()}),
-        "min": _finite({name: min(column) for name, column in values.items()}),
-        "mean": _finite({name: sum(column) / len(column) for name, column in values.items()}),
+        "layers": layers,
+        "max": _finite({name: max(column) for name, column in columns.items()}),
+        "min": _finite({name: min(column) for name, column in columns.items()}),
+        "mean": _finite({name: _mean(column) for name, column in columns.items()}),
         "verdict": sentences,
     }

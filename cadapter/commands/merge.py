@@ -17,9 +17,10 @@ from cadapter.commands.shared_options import (
     WritersOption,
     check_output,
 )
+from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
 EXAMPLES = (
-    "cadapter merge base run/final merged --strength -0.5",
+    "cadapter merge base run/final merged --strength -0.5 --verify",
     "cadapter merge base run/final merged-both --also style/final=1.5 --dtype bfloat16",
 )
 
@@ -64,6 +65,8 @@ def command(
             rich_help_panel="More",
         ),
     ] = False,
+    verify: VerifyOption = False,
+    text: TextOption = None,
     force: ForceOption = False,
 ) -> None:
     """Merge an adapter into its base model.
@@ -71,6 +74,9 @@ def command(
     The model is read and written shard by shard. What an adapter changes is worked out in float32 and rounded once;
     everything else is copied byte for byte. --inverse, --strength and --scale exclude one another.
     """
+    from functools import partial
+
+    from cadapter.convert.fidelity import verdict
     from cadapter.convert.merge import merge_card, merge_model
     from cadapter.convert.operators import Dial
     from cadapter.convert.plan import make_recipe
@@ -86,6 +92,7 @@ def command(
     recipe = make_recipe(model, adapter, dial, further, writers.value if writers else None, multiplicative)
     for line in recipe.notes:
         warn(line)
+    rows = rows_for(model, verify, text)
     with progress("merging", total=len(model.names()), unit="tensors") as advance:
         summary = merge_model(
             model,
@@ -103,6 +110,15 @@ def command(
         f"{summary.largest_change:.3%} of a tensor's norm ({summary.largest_name}).\n"
         f"{summary.bytes / 1e9:.3f} GB in {summary.seconds:.1f} s ({rate:.2f} GB/s)."
     )
+    if rows:
+        source = recipe.adapters if len(recipe.adapters) == len(recipe.steps) else recipe.plan
+        judge = partial(verdict, exact=recipe.exact, rounded_to=_less_than_float32(summary.dtypes))
+        show_fidelity(model, source, Checkpoint(output), rows, judge, device)
+
+
+def _less_than_float32(dtypes: set[str]) -> str | None:
+    """The lower precisions among the dtypes of changed weights, in words."""
+    return " and ".join(sorted(dtypes - {"float32", "float64"})) or None
 
 
 def _directory_and_strength(text: str) -> tuple[Path, float]:

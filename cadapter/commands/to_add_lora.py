@@ -16,12 +16,13 @@ from cadapter.commands.shared_options import (
     WritersOption,
     check_output,
 )
+from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
 if TYPE_CHECKING:
     from cadapter.convert.add_lora import AdditiveSummary
 
 EXAMPLES = (
-    "cadapter to-add-lora base run/final lora",
+    "cadapter to-add-lora base run/final lora --verify",
     "cadapter to-add-lora base run/final lora-softly --strength 0.5 --rank 8",
 )
 
@@ -37,6 +38,8 @@ def command(
         typer.Option(metavar="K", help="Truncate to rank K and say what that keeps. Default: the adapter's own rank."),
     ] = None,
     writers: WritersOption = None,
+    verify: VerifyOption = False,
+    text: TextOption = None,
     force: ForceOption = False,
 ) -> None:
     """Turn a control adapter into an additive LoRA that peft loads.
@@ -44,18 +47,23 @@ def command(
     At the adapter's own rank the LoRA is (I + s·B·A)·W − W of each residual writer, to rounding: nothing is
     approximated by a decomposition.
     """
+    from functools import partial
+
     from cadapter.adapters.directory import read_control_adapter
     from cadapter.convert.add_lora import to_add_lora
+    from cadapter.convert.fidelity import ChangedCheckpoint, verdict
     from cadapter.convert.operators import Dial
+    from cadapter.convert.plan import make_recipe
     from cadapter.models.checkpoint import Checkpoint, resolve_model
     from cadapter.terminal import note, progress, warn
 
     check_output(output, force, base, adapter)
     dial = Dial.from_options(strength=strength, inverse=inverse)
-    control = read_control_adapter(adapter)
+    control, model = read_control_adapter(adapter), Checkpoint(resolve_model(base))
+    rows = rows_for(model, verify, text)
     with progress("converting", unit="residual writers") as advance:
         summary = to_add_lora(
-            Checkpoint(resolve_model(base)),
+            model,
             base,
             control,
             output,
@@ -70,6 +78,10 @@ def command(
     _print_kept(summary)
     biases = f", {summary.biases} with a bias" if summary.biases else ""
     note(f"{output}: LoRA at {dial}, {summary.pairs} modules{biases} of {summary.layers} layers, rank {summary.rank}.")
+    if rows:
+        converted = ChangedCheckpoint(model.directory, make_recipe(model, output, Dial()).plan)
+        judge = partial(verdict, exact=summary.exact, truncated=summary.rank < control.rank)
+        show_fidelity(model, [(control, dial)], converted, rows, judge)
 
 
 def _print_kept(summary: AdditiveSummary) -> None:

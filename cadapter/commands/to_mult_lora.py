@@ -15,10 +15,11 @@ from cadapter.commands.shared_options import (
     WritersOption,
     check_output,
 )
+from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
 EXAMPLES = (
     "cadapter to-mult-lora run/final mult-lora",
-    "cadapter to-mult-lora run/final mult-lora-inverse --inverse --base base",
+    "cadapter to-mult-lora run/final mult-lora-inverse --inverse --base base --verify",
 )
 
 
@@ -32,26 +33,37 @@ def command(
         typer.Option(metavar="MODEL", help="The base model, where the adapter does not record its family."),
     ] = None,
     writers: WritersOption = None,
+    verify: VerifyOption = False,
+    text: TextOption = None,
     force: ForceOption = False,
 ) -> None:
     """Turn a control adapter into a multiplicative LoRA.
 
     Each residual writer's weight becomes (I + s·B·A)·W. The result is for `cadapter merge` and for programs that know
-    multiplicative LoRAs; peft does not load it (see to-add-lora).
+    multiplicative LoRAs; peft does not load it (see to-add-lora). Only --verify reads the base's weights.
     """
+    from functools import partial
+
     from cadapter.adapters.directory import read_control_adapter
+    from cadapter.convert.fidelity import ChangedCheckpoint, verdict
     from cadapter.convert.mult_lora import to_mult_lora
     from cadapter.convert.operators import Dial
+    from cadapter.convert.plan import make_recipe
     from cadapter.models.checkpoint import Checkpoint, resolve_model
     from cadapter.terminal import note, warn
 
     check_output(output, force, adapter, *([base] if base else []))
     dial = Dial.from_options(strength=strength, inverse=inverse)
+    control = read_control_adapter(adapter)
+    model = Checkpoint(resolve_model(base)) if base else None
+    recorded = control.base_model_name_or_path
+    tested = Checkpoint(resolve_model(recorded)) if verify and model is None and recorded else model
+    rows = rows_for(tested, verify, text)
     summary = to_mult_lora(
-        read_control_adapter(adapter),
+        control,
         output,
         dial,
-        base=Checkpoint(resolve_model(base)) if base else None,
+        base=model,
         writers=writers.value if writers else None,
         force=force,
     )
@@ -61,3 +73,6 @@ def command(
         f"{output}: multiplicative LoRA at {dial}, {summary.pairs} modules of {summary.layers} layers, "
         f"rank {summary.rank}."
     )
+    if tested is not None and rows:
+        converted = ChangedCheckpoint(tested.directory, make_recipe(tested, output, Dial()).plan)
+        show_fidelity(tested, [(control, dial)], converted, rows, partial(verdict, exact=summary.exact))

@@ -65,6 +65,16 @@ _CONFLICTS = (
         "the symmetric form has no scale; remove the key",
     ),
     _Conflict(
+        "control_inverse",
+        lambda config: config.control_form == "symmetric" and config.control_inverse == "neumann",
+        "the symmetric form has an exact inverse and needs no series; remove the key",
+    ),
+    _Conflict(
+        "lora_weight_dtype",
+        lambda config: config.control_form == "symmetric" and config.lora_weight_dtype == "bfloat16",
+        'bfloat16 cannot hold orthonormal directions, on which the inverse rests; use "float32"',
+    ),
+    _Conflict(
         "target_modules",
         lambda config: config.use_control_adapters and config.target_modules is not None,
         "Control Adapters act on whole layers; remove the key, or choose layers with layers_to_transform",

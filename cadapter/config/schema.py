@@ -160,7 +160,9 @@ class Config(Table):
         default="exact", description='How class -1 inverts I + W: "exact", or a truncated Neumann series.'
     )
     control_neumann_order: Count = Field(default=2, description='Order of the series with control_inverse = "neumann".')
-    control_form: Literal["general", "symmetric"] = Field(default="general", description="W = s·B·A, or symmetric.")
+    control_form: Literal["general", "symmetric"] = Field(
+        default="general", description='"general", W = s·B·A, or "symmetric", W = Q·diag(exp(S) - 1)·Qᵀ.'
+    )
     control_gamma: Annotated[float, Field(gt=0, le=0.5), Expects("a number above 0, at most 0.5")] = Field(
         default=0.5, description="Symmetric form: the step γ of the orthonormalisation."
     )
@@ -266,7 +268,9 @@ class Config(Table):
 
     @property
     def alpha(self) -> float:
-        """lora_alpha, or its default sqrt(rank); the adapters' scale is s = alpha / rank."""
+        """lora_alpha, or its default sqrt(rank); the adapters' scale is s = alpha / rank. Symmetric: rank, no scale."""
+        if self.use_control_adapters and self.control_form == "symmetric":
+            return float(self.lora_rank)
         return math.sqrt(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
 
     @model_validator(mode="after")

@@ -20,8 +20,6 @@ class _Row:
 
 
 _CONFIG_ROWS = (
-    _Row("control_form", lambda table: table.control_form == "symmetric", 'use "general"'),
-    _Row("control_gamma", lambda table: table.control_gamma not in (None, 0.5)),
     _Row("document_attention", lambda table: table.document_attention == "isolated", 'use "packed"'),
     _Row("trust_remote_code", lambda table: table.trust_remote_code is True),
 )

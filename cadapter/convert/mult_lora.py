@@ -11,7 +11,8 @@ from pathlib import Path
 
 from cadapter.adapters.directory import MULTIPLICATIVE_TYPE, ControlAdapterFiles, layer_ranges
 from cadapter.adapters.layer_facts import patterns
-from cadapter.convert.lora_directory import LoraPair, lora_config, write_lora
+from cadapter.adapters.lora_directory import lora_fields
+from cadapter.convert.lora_directory import LoraPair, write_lora
 from cadapter.convert.operators import Dial, Writers, find_target, module_name, operators
 from cadapter.files import new_directory
 from cadapter.models.checkpoint import Checkpoint
@@ -19,11 +20,12 @@ from cadapter.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class MultiplicativeSummary:
-    """What was written: layers, writers (pairs), rank, and notes (see :class:`Target`)."""
+    """What was written: layers, writers (pairs), rank; whether it is exact, and notes (see :class:`Target`)."""
 
     layers: int
     pairs: int
     rank: int
+    exact: bool
     notes: tuple[str, ...]
 
 
@@ -46,11 +48,13 @@ def to_mult_lora(
         for layer, operator in operators(adapter, dial).items()
         for writer in target.names(layer)
     }
-    config = lora_config(MULTIPLICATIVE_TYPE, adapter.rank, pairs, adapter.layers, adapter.base_model_name_or_path)
+    names = sorted({module.rpartition(".")[2] for module in pairs})
+    base_name = adapter.base_model_name_or_path
+    config = lora_fields(MULTIPLICATIVE_TYPE, adapter.rank, adapter.rank, names, adapter.layers, base_name)
     config["base_model_type"] = base.config.model_type if base else adapter.base_model_type
     with new_directory(output, force) as directory:
         write_lora(directory, config, pairs, _card(adapter, dial, pairs, target.notes))
-    return MultiplicativeSummary(len(adapter.layers), len(pairs), adapter.rank, target.notes)
+    return MultiplicativeSummary(len(adapter.layers), len(pairs), adapter.rank, target.exact, target.notes)
 
 
 def _card(adapter: ControlAdapterFiles, dial: Dial, pairs: dict[str, LoraPair], notes: tuple[str, ...]) -> str:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from cadapter.adapters.directory import ControlAdapterFiles, layer_ranges
-from cadapter.algebra import SINGULAR, Health, health, neumann_remainder
+from cadapter.adapters.factors import Symmetric
+from cadapter.algebra import SINGULAR, Health, health, neumann_remainder, orthogonality_error
 
 SMALLEST_SIGMA = 0.1
 """Below this smallest singular value of I + W the exact inverse magnifies by more than 10."""
@@ -22,6 +23,15 @@ def measure(adapter: ControlAdapterFiles, advance: Callable[[int], None] = lambd
         measured[layer] = health(factors.A, factors.B, adapter.scale)
         advance(1)
     return measured
+
+
+def orthogonality(adapter: ControlAdapterFiles) -> dict[int, float]:
+    """‖QᵀQ − I‖₂ by layer of a symmetric adapter; empty for the general form."""
+    return {
+        layer: orthogonality_error(factors.Q)
+        for layer, factors in adapter.layers.items()
+        if isinstance(factors, Symmetric)
+    }
 
 
 def verdict(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> list[str]:

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cadapter.adapters.directory import ControlAdapterFiles, LowRank, validate_against
+from cadapter.adapters.directory import ControlAdapterFiles, validate_against
+from cadapter.adapters.factors import Factors, LowRank
 from cadapter.adapters.layer_facts import LayerFacts, describe_layers, patterns
 from cadapter.adapters.strengths import neumann_note
-from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES
@@ -63,15 +63,14 @@ class Dial:
         return f"scale {self.factor:g}" if self.factor != 1 else f"strength {self.strength:g}"
 
 
-def fold(A: Tensor, B: Tensor, scale: float, dial: Dial, where: str) -> LowRank:
-    """``A' = A``, ``B' = x·s·B·f_t(M)``, so that ``B'·A' = x·((I + s·B·A)^t − I)``: float64 inside, float32 out.
+def fold(factors: Factors, scale: float, dial: Dial, where: str) -> LowRank:
+    """A and B with ``B·A = x·((I + W)^t − I)``: float64 inside, float32 out.
 
     Raises:
         UsageError: this power does not exist; ``where`` (the layer) is named.
     """
-    A, B = A.double(), B.double()
-    turned = B if dial.strength == 1 else B @ strength_transform(core(A, B, scale), dial.strength, where)
-    return LowRank(A.float(), (dial.factor * scale * turned).float())
+    turned = factors.turned(dial.strength, scale, where)
+    return LowRank(turned.A.float(), (dial.factor * turned.B).float())
 
 
 def does_nothing(operator: LowRank) -> bool:
@@ -86,7 +85,7 @@ def operators(adapter: ControlAdapterFiles, dial: Dial) -> dict[int, LowRank]:
         UsageError: a power does not exist (the layer is named), or the adapter changes nothing at all.
     """
     folded = {
-        layer: fold(factors.A, factors.B, adapter.scale, dial, f"{adapter.path}, layer {layer}")
+        layer: fold(factors, adapter.scale, dial, f"{adapter.path}, layer {layer}")
         for layer, factors in adapter.layers.items()
     }
     if all(does_nothing(operator) for operator in folded.values()):
@@ -101,6 +100,7 @@ class Target:
     Attributes:
         facts: the layers' facts by layer number.
         writers: "mlp" or "all".
+        exact: the change of the writers is the adapter, to rounding.
         notes: what the user must hear: that the result only approximates the adapter, that the base is of another
             type than the one it was trained on or of one that is in no table, or how far the exact inverse is from the
             one it was trained with.
@@ -108,6 +108,7 @@ class Target:
 
     facts: Mapping[int, LayerFacts]
     writers: Writers
+    exact: bool
     notes: tuple[str, ...]
 
     def names(self, layer: int) -> tuple[str, ...]:
@@ -145,9 +146,10 @@ def find_target(adapter: ControlAdapterFiles, base: Checkpoint | None, dial: Dia
     model_type, parallel, facts = _base_facts(adapter, base)
     _refuse_unknown(adapter, facts, writers)
     post_norms = any(layer.post_norms for layer in facts.values())
-    target = Target(facts, writers, ())
+    approximation = _approximation(adapter.site, writers, parallel, post_norms)
+    target = Target(facts, writers, approximation is None, ())
     notes = (
-        _approximation(adapter.site, writers, parallel, post_norms),
+        approximation,
         _other_family(adapter, base),
         _unlisted_family(model_type, target),
         neumann_note(adapter, [dial.strength]),

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cadapter.adapters.directory import ControlAdapterFiles, kind_of, read_control_adapter
+from cadapter.adapters.factors import LowRank
 from cadapter.convert.lora_directory import LoraFiles, LoraPair, read_lora
 from cadapter.convert.operators import (
     Dial,
+    Target,
     Writers,
     does_nothing,
     find_target,
@@ -25,6 +28,8 @@ from cadapter.convert.operators import (
 )
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
+from cadapter.models.loading import make_skeleton
+from cadapter.models.stored import StoredWeights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -42,7 +47,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class AddProduct:
-    """``X ← X + x·s·B·A`` for a weight [out, in]; ``factor`` = x·s."""
+    """``X ← X + x·s·B·A`` for a weight [out, in], or experts' [E, out, in] with factors of each; ``factor`` = x·s."""
 
     A: Tensor
     B: Tensor
@@ -97,8 +102,8 @@ def _multiply_module(plan: Plan, base: Checkpoint, module: str, change: Multiply
 
 def plan_control(
     plan: Plan, base: Checkpoint, adapter: ControlAdapterFiles, dial: Dial, writers: Writers | None
-) -> tuple[str, ...]:
-    """Add to ``plan`` what a control adapter changes; returns the notes of its :class:`Target`.
+) -> Target:
+    """Add to ``plan`` what a control adapter changes; returns where that is.
 
     Raises:
         UsageError: the adapter does not fit the base, changes nothing, or its power does not exist.
@@ -108,7 +113,7 @@ def plan_control(
         if not does_nothing(operator):
             for writer in target.names(layer):
                 _multiply_module(plan, base, module_name(layer, writer), Multiply(operator.A, operator.B))
-    return target.notes
+    return target
 
 
 def plan_multiplicative(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> None:
@@ -125,7 +130,7 @@ def plan_multiplicative(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dia
                 f"{lora.path}: {module} has lora_A {list(pair.A.shape)} and lora_B {list(pair.B.shape)}; a "
                 "multiplicative LoRA acts on what a module writes, so both need its output size."
             )
-        operator = fold(pair.A, pair.B, pair.scale, dial, f"{lora.path}, {module}")
+        operator = fold(LowRank(pair.A, pair.B), pair.scale, dial, f"{lora.path}, {module}")
         if not does_nothing(operator):
             _multiply_module(plan, base, module, Multiply(operator.A, operator.B))
             touched += 1
@@ -142,17 +147,48 @@ def plan_additive(plan: Plan, base: Checkpoint, lora: LoraFiles, dial: Dial) -> 
     if dial.is_power:
         raise UsageError("--strength does not exist for an additive LoRA.\nUse --scale X, or --inverse to subtract it.")
     touched = 0
+    stored = _stored(base) if any(pair.A.ndim == 3 for pair in lora.pairs.values()) else None
     for module, pair in lora.pairs.items():
-        _check_module(base, lora, module, f"{module}.weight")
-        check_writer(base, f"{module}.weight", pair.B.shape[0], pair.A.shape[1])
         factor = pair.scale * dial.factor * dial.strength
-        if factor and pair.A.any() and pair.B.any():
-            plan.setdefault(f"{module}.weight", []).append(AddProduct(pair.A, pair.B, factor))
-            touched += 1
+        if stored is not None and pair.A.ndim == 3:
+            changes = _expert_changes(base, lora, stored, module, pair, factor)
+        else:
+            _check_module(base, lora, module, f"{module}.weight")
+            changes = {f"{module}.weight": AddProduct(pair.A, pair.B, factor)}
+        for name, change in changes.items():
+            check_writer(base, name, change.B.shape[-2], change.A.shape[-1])
+            if factor and change.A.any() and change.B.any():
+                plan.setdefault(name, []).append(change)
+                touched += 1
         if pair.bias is not None and factor and pair.bias.any():
             _add_bias(plan, base, lora, module, pair, factor)
             touched += 1
     _refuse_nothing(touched, lora, dial)
+
+
+def _stored(base: Checkpoint) -> StoredWeights:
+    return StoredWeights(base, make_skeleton(base.config, torch.float32))
+
+
+def _expert_changes(
+    base: Checkpoint, lora: LoraFiles, stored: StoredWeights, tensor: str, pair: LoraPair, factor: float
+) -> dict[str, AddProduct]:
+    """A pair on fused experts as changes of what the base holds on disk: one tensor, or one for each expert."""
+    if tensor not in stored:
+        raise UsageError(f"{lora.path} adapts {tensor}, which {base.directory} does not have.")
+    changes, experts, out_features = {}, len(pair.A), pair.B.shape[1]
+    parts = stored.parts(tensor)
+    rows = sum(base.shape(part.name)[-2] for part in parts if part.expert in (None, 0))
+    held = base.shape(parts[0].name)[0] if parts[0].expert is None else 1 + max(part.expert or 0 for part in parts)
+    if (held, rows) != (experts, out_features):
+        raise UsageError(
+            f"{lora.path} adapts {experts} experts of {tensor}, each with {out_features} outputs; {base.directory} has "
+            f"{held} with {rows}."
+        )
+    for part in parts:
+        A, B = (pair.A, pair.B) if part.expert is None else (pair.A[part.expert], pair.B[part.expert])
+        changes[part.name] = AddProduct(A, B[..., part.rows, :], factor)
+    return changes
 
 
 def _add_bias(plan: Plan, base: Checkpoint, lora: LoraFiles, module: str, pair: LoraPair, factor: float) -> None:
@@ -184,18 +220,24 @@ class Recipe:
     Attributes:
         plan: changes by tensor name.
         steps: one sentence for each adapter, in the order in which they act.
+        adapters: the control adapters among them, each at its dial.
+        exact: every change is its adapter, to rounding.
         notes: what the user must hear.
     """
 
     plan: Plan = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    adapters: list[tuple[ControlAdapterFiles, Dial]] = field(default_factory=list)
+    exact: bool = True
     notes: list[str] = field(default_factory=list)
 
     def add_control(self, base: Checkpoint, path: Path, dial: Dial, writers: Writers | None) -> None:
         """Append a control adapter."""
         adapter = read_control_adapter(path)
-        notes = plan_control(self.plan, base, adapter, dial, writers)
-        self.notes.extend(note for note in notes if note not in self.notes)
+        target = plan_control(self.plan, base, adapter, dial, writers)
+        self.notes.extend(note for note in target.notes if note not in self.notes)
+        self.exact &= target.exact
+        self.adapters.append((adapter, dial))
         self.steps.append(f"control adapter `{path.name}` (rank {adapter.rank}, site `{adapter.site}`) at {dial}")
 
 

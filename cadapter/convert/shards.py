@@ -1,5 +1,5 @@
-"""Rewrite a safetensors shard tensor by tensor: what does not change is copied as bytes, never more than one tensor
-is in memory.
+"""Rewrite a safetensors shard tensor by tensor: what does not change is copied as bytes, and while a tensor is written
+the next one is worked out, so that two are in memory at most.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} with
 optional ``__metadata__``, and the tensors' bytes without holes.
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,14 +110,31 @@ def rewrite_shard(
         shutil.copyfile(source, target)
         return sum(entry.end - entry.start for entry in entries)
     header, size = _encoded_header(metadata, entries, dtype_of)
+    wanted = [replacement if is_replaced(entry) else None for entry in entries]
     with open(source, "rb") as old, open(target, "xb") as new:
         new.write(header)
-        for entry in entries:
-            if is_replaced(entry):
-                new.write(replacement(entry).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for entry, tensor in _one_ahead(entries, wanted):
+            if tensor is not None:
+                new.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             else:
                 _copy_range(old, new, entry.start, entry.end)
     return size
+
+
+def _one_ahead(entries: Sequence[Entry], makers: Sequence[Replacement | None]) -> Iterator[tuple[Entry, Tensor | None]]:
+    """The entries, each with what its maker makes of it; the next is made in a thread while the caller has the last."""
+    waiting: deque[tuple[Entry, Future[Tensor] | None]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        for entry, maker in zip(entries, makers, strict=True):
+            waiting.append((entry, worker.submit(maker, entry) if maker else None))
+            if len(waiting) > 1:
+                yield _made(*waiting.popleft())
+        while waiting:
+            yield _made(*waiting.popleft())
+
+
+def _made(entry: Entry, future: Future[Tensor] | None) -> tuple[Entry, Tensor | None]:
+    return entry, future.result() if future else None
 
 
 def _copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:

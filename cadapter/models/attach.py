@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings
+from cadapter.adapters.control import ControlledBlock, new_adapter
 from cadapter.adapters.directory import ControlAdapterFiles, validate_against
-from cadapter.adapters.strengths import layer_transform, load_factors
+from cadapter.adapters.strengths import layer_transform, load_factors, native_settings
 from cadapter.classes import POSITIVE
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
@@ -100,13 +100,13 @@ class SteeredModel:
         validate_against(files, model.config.hidden_size, model.config.num_hidden_layers)
         family = FAMILIES.get(model.config.model_type, UNLISTED)
         residual_scale = config_number(model.config, family.residual_scale)
-        settings = ControlSettings(files.rank, files.alpha, files.site)
+        settings = native_settings(files)
         self.model = model
         self.blocks: dict[int, ControlledBlock] = {}
         self._files = files
         for layer in files.layers:
             block = model.model.layers[layer]
-            adapter = ControlAdapter(files.hidden_size, layer, settings, 0, next(block.parameters()).device)
+            adapter = new_adapter(files.hidden_size, layer, settings, 0, next(block.parameters()).device)
             load_factors(adapter, files)
             self.blocks[layer] = ControlledBlock(block, adapter.requires_grad_(False), family, residual_scale).eval()
         self.set_strength(strength)
@@ -125,6 +125,6 @@ class SteeredModel:
                 block.fix([])
                 continue
             matrix = matrices[layer]
-            device = block.adapter.control_A.device
+            device = next(block.adapter.parameters()).device
             block.fix([(POSITIVE, None if matrix is None else matrix.to(device))])
         self.strength = strength

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 """What is downloaded of a model named by its hub id: never pickled weights, never code."""
 
 
@@ -49,8 +49,11 @@ class TensorInfo:
         return math.prod(self.shape) * (4 if dtype is None else dtype.itemsize)
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     """Return the local directory of ``model``, a directory or a hub id (downloaded where the hub can be reached).
+
+    Args:
+        files: patterns of what is needed of a model on the hub.
 
     Raises:
         UsageError: it is neither.
@@ -67,7 +70,7 @@ def resolve_model(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(model), allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UsageError(
             f"{model} is no directory here, and the hub did not give a model of that name ({type(error).__name__}).\n"

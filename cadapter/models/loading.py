@@ -124,7 +124,7 @@ class CausalLM:
     """A causal LM on disk, from which single modules are built.
 
     Args:
-        directory: the model's.
+        directory: the model's; or its opened checkpoint.
         dtype: of all weights.
         device: where modules are loaded to.
         attention: transformers' name of the attention implementation; None: sdpa, or what the family needs instead.
@@ -140,13 +140,13 @@ class CausalLM:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | Checkpoint,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         attention: str | None = None,
         four_bit: bool = False,
     ) -> None:
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory)
         self.config: Any = self.checkpoint.config
         self.dtype = dtype
         self.device = torch.device(device)
@@ -154,7 +154,7 @@ class CausalLM:
         try:
             self.skeleton: Any = make_skeleton(self.config, dtype, attention)
         except UsageError as error:
-            raise UsageError(f"{directory / 'config.json'}: {error}") from error
+            raise UsageError(f"{self.checkpoint.directory / 'config.json'}: {error}") from error
         try:
             self.family: Family = facts_of(self.skeleton)
         except UsageError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -32,6 +34,21 @@ COMPUTED = ("rotary_emb.inv_freq",)
 
 _EXPERT = re.compile(r"(.+\.)(\d+)(\..+)")
 """The name of one expert's tensor; its last number is the expert's."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor in memory as it stands on disk.
+
+    Attributes:
+        name: on disk.
+        expert: which expert's it is; None: the tensor is on disk as it is in memory.
+        rows: which of its output rows these are.
+    """
+
+    name: str
+    expert: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 class StoredWeights:
@@ -92,6 +109,32 @@ class StoredWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
+
+    def memory_name(self, name: str) -> str:
+        """In which tensor in memory the tensor ``name`` on disk ends up."""
+        return next(target for target, sources in self._sources.items() if any(source == name for source, _ in sources))
+
+    def parts(self, target: str) -> list[Part]:
+        """Where the numbers of a tensor in memory stand on disk.
+
+        Raises:
+            UsageError: they are stored in a way that is not known.
+        """
+        sources = self._sources[target]
+        if len(sources) == 1 and sources[0][1] is None:
+            return [Part(sources[0][0])]
+        converter = self._converter[sources[0][1] or ""]
+        kinds = [type(operation) for operation in converter.operations]
+        if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]):
+            raise UsageError(f"{self._checkpoint.directory}: how {target} is stored is not known.")
+        found, row = [], 0
+        for pattern in converter.source_patterns:  # one below the other, in this order
+            names = [name for name, matched in sources if matched == pattern]
+            rows = self._checkpoint.shape(names[0])[0]
+            for expert, name in enumerate(names):
+                found.append(Part(name, expert, slice(row, row + rows)))
+            row += rows
+        return found
 
     def numbers(self, prefix: str) -> int:
         """How many numbers the files hold for the places under ``prefix``."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cadapter.adapters.control import ControlSettings, Transform
+from cadapter.adapters.control import Transform
 from cadapter.adapters.directory import (
     CONFIG_NAME,
     ControlAdapterFiles,
@@ -20,7 +20,7 @@ from cadapter.adapters.directory import (
 from cadapter.adapters.lora import LoraBlock
 from cadapter.adapters.lora_directory import LoraAdapterFiles, load_into, read_lora_adapter
 from cadapter.adapters.lora_targets import ModelTargets
-from cadapter.adapters.strengths import load_factors, neumann_note, strength_table
+from cadapter.adapters.strengths import load_factors, native_settings, neumann_note, strength_table
 from cadapter.config import Config
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import resolve_model
@@ -82,7 +82,7 @@ def _control(config: Config, files: ControlAdapterFiles, strengths: Sequence[flo
     rows = [0.0, *dict.fromkeys(t for t in strengths if t != 0)]
     # Refuse an impossible strength before any weight is read.
     tables = {layer: strength_table(files, layer, rows) for layer in files.layers}
-    mode = ControlMode(model, list(files.layers), ControlSettings(files.rank, files.alpha, files.site))
+    mode = ControlMode(model, list(files.layers), native_settings(files))
     return Subject(model, mode, rows, lambda layers: install(layers, files, tables), neumann_note(files, rows))
 
 

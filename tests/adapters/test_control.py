@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings, initial_factor
+from cadapter.adapters.control import ControlledBlock, ControlSettings, GeneralAdapter, initial_factor
 from cadapter.adapters.dropout import keep_mask
 from cadapter.algebra import core, strength_transform
 from cadapter.errors import CadapterError
@@ -61,9 +61,9 @@ def residual_scale(name: str) -> float:
     return getattr(make_model(name).config, "residual_multiplier", 1.0)
 
 
-def random_adapter(settings: ControlSettings, spectral: float = 0.5) -> ControlAdapter:
+def random_adapter(settings: ControlSettings, spectral: float = 0.5) -> GeneralAdapter:
     """An adapter with ‖W‖₂ = ``spectral``."""
-    adapter = ControlAdapter(HIDDEN, LAYER, settings, seed=0)
+    adapter = GeneralAdapter(HIDDEN, LAYER, settings, seed=0)
     generator = torch.Generator().manual_seed(7)
     B = torch.randn(HIDDEN, settings.rank, generator=generator)
     size = torch.linalg.matrix_norm(settings.scale * B @ adapter.control_A.detach().float(), 2)
@@ -255,7 +255,7 @@ def test_a_new_adapter_changes_nothing(site):
     block, arguments = block_and_arguments("llama", torch.float32)
     hidden = torch.randn(ROWS, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0))
     plain = copy.deepcopy(block)(hidden, **arguments)
-    adapter = ControlAdapter(HIDDEN, LAYER, ControlSettings(RANK, 2.0, site), seed=0)
+    adapter = GeneralAdapter(HIDDEN, LAYER, ControlSettings(RANK, 2.0, site), seed=0)
     controlled = ControlledBlock(block, adapter, family_of("llama"))
     output, _ = controlled.controlled(hidden, random_classes(MIXED), adapter.class_transforms(), kwargs=arguments)
     assert torch.equal(output, plain)
@@ -307,7 +307,7 @@ def test_bfloat16_factors_are_worked_with_in_float32(site, inverse):
 
 
 def test_bfloat16_factors_start_at_the_float32_ones_rounded():
-    adapter = ControlAdapter(HIDDEN, 2, ControlSettings(RANK, 2.0, dtype=torch.bfloat16), seed=5)
+    adapter = GeneralAdapter(HIDDEN, 2, ControlSettings(RANK, 2.0, dtype=torch.bfloat16), seed=5)
     assert torch.equal(adapter.control_A, initial_factor(5, 2, "control_A", RANK, HIDDEN).bfloat16())
     assert torch.equal(adapter.control_B, torch.zeros(HIDDEN, RANK, dtype=torch.bfloat16))
 
@@ -378,7 +378,7 @@ def test_initial_values_are_a_function_of_seed_layer_and_name():
         assert not torch.isclose(base, initial_factor(seed, layer, name, RANK, HIDDEN)).any()
     # Numbers are not run together: seed 1 with layer 23 is not seed 12 with layer 3.
     assert not torch.equal(*(initial_factor(*case, "control_A", RANK, HIDDEN) for case in ((1, 23), (12, 3))))
-    adapter = ControlAdapter(HIDDEN, 2, ControlSettings(RANK, 2.0), seed=5)
+    adapter = GeneralAdapter(HIDDEN, 2, ControlSettings(RANK, 2.0), seed=5)
     assert torch.equal(adapter.control_A, base)
     assert adapter.control_A.dtype == adapter.control_B.dtype == torch.float32
     assert adapter.control_B.count_nonzero() == 0

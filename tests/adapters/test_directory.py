@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from cadapter.adapters.directory import (
     ControlAdapterFiles,
     LayerFacts,
-    LowRank,
     control_card,
     kind_of,
     layer_ranges,
@@ -21,6 +20,7 @@ from cadapter.adapters.directory import (
     validate_against,
     write_control_adapter,
 )
+from cadapter.adapters.factors import LowRank
 from cadapter.errors import UsageError
 
 RANK, HIDDEN = 4, 24
@@ -175,7 +175,8 @@ def test_other_kinds_are_told_by_their_type(peft_type, kind, tmp_path):
         ({"control_site": "attention"}, "control_site is 'attention'"),
         ({"control_inverse": "none"}, "control_inverse"),
         ({"control_neumann_order": 0}, "control_neumann_order"),
-        ({"control_form": "symmetric"}, "symmetric.*not supported yet"),
+        ({"control_form": "symmetric"}, "control_form is 'symmetric', but .* holds the general form"),
+        ({"control_form": "round"}, "control_form is 'round'; it must be one of general, symmetric"),
         ({"layers_to_transform": [0, 1]}, r"\[0, 1\], but .* holds layers \[0, 1, 5\]"),
         ({"layers_to_transform": [0, 1, 5, 1]}, "layer 1 twice"),
         ({"layers_to_transform": "all"}, "list of layer numbers"),
@@ -200,10 +201,13 @@ def rename(tensors: dict, old: str, new: str) -> None:
         (lambda t: t.pop(KEY.format(1, "A")), "layer 1 has no control_A"),
         (lambda t: t.update(extra=torch.ones(1)), "unexpected tensor extra"),
         (lambda t: t.update({"model.layers.1.control_A": torch.ones(4, 24)}), "layer 1 a second time"),
-        (lambda t: t.update({KEY.format(1, "Q"): torch.ones(4, 24)}), "symmetric control adapter"),
+        (lambda t: t.update({KEY.format(1, "Q"): torch.ones(24, 4)}), "holds the symmetric form"),
         (lambda t: t.update({KEY.format(1, "A"): torch.ones(3, 24)}), r"layers\.1\.control_A.*shape \[3, 24\]"),
         (lambda t: t.update({KEY.format(1, "B"): torch.ones(24, 4, 1)}), r"layers\.1\.control_B.*shape"),
-        (lambda t: t.update({KEY.format(1, "A"): torch.ones(4, 23)}), "layer 1 has hidden sizes 23 .* and 24"),
+        (
+            lambda t: t.update({KEY.format(1, "A"): torch.ones(4, 23)}),
+            r"layers\.1\.control_A.*shape \[4, 23\]; .* must be \[4, 24\]",
+        ),
         (lambda t: t.update({KEY.format(1, "A"): torch.ones(4, 24, dtype=torch.int32)}), "control_A.*int32"),
         (lambda t: t.update({KEY.format(1, "A"): torch.full((4, 24), math.nan)}), r"layers\.1\.control_A.*NaN"),
         (lambda t: t.update({KEY.format(5, "B"): torch.full((24, 4), math.inf)}), r"layers\.5\.control_B.*infinite"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings
+from cadapter.adapters.control import ControlledBlock, ControlSettings, GeneralAdapter
 from cadapter.adapters.dropout import keep_mask, row_seeds
 from cadapter.models.families import family_of
 from tests.tiny_models import make_model
@@ -102,7 +102,7 @@ def test_recomputation_sees_the_same_mask(site):
     """Outputs and gradients of a recomputed block are bit-equal to those of a block that keeps everything."""
     model = make_model("llama")
     settings = ControlSettings(4, 2.0, site, dropout=0.25)
-    adapter = ControlAdapter(model.config.hidden_size, 1, settings, seed=0)
+    adapter = GeneralAdapter(model.config.hidden_size, 1, settings, seed=0)
     torch.nn.init.normal_(adapter.control_B, std=0.1)
     block = ControlledBlock(model.model.layers[1], adapter, family_of("llama"))
     hidden = torch.randn(2, 12, model.config.hidden_size, generator=torch.Generator().manual_seed(0))

@@ -122,9 +122,16 @@ def test_merge_reads_the_pairs_of_linear_layers(name, tmp_path):
         assert torch.equal(pair.A, expected[f"{module.removeprefix('model.')}.lora_A"])
 
 
-def test_merge_refuses_loras_on_experts(tmp_path):
-    with pytest.raises(UsageError, match=r"experts .*not supported by merge"):
-        read_lora(saved(tmp_path, "mixtral", EXPERTS))
+def test_merge_reads_the_pairs_of_experts_one_by_one(tmp_path):
+    pairs = read_lora(saved(tmp_path, "mixtral", EXPERTS)).pairs
+    stored = load_file(tmp_path / WEIGHTS_NAME)
+    pair = pairs["model.layers.1.mlp.experts.down_proj"]
+    assert (pair.A.shape, pair.B.shape) == ((4, RANK, 48), (4, 32, RANK))
+    prefix = "base_model.model.model.layers.1.mlp.experts."
+    A, B = stored[f"{prefix}lora_A.weight"], stored[f"{prefix}lora_B.weight"]
+    for expert in range(4):
+        assert torch.equal(pair.A[expert], A[expert * RANK : (expert + 1) * RANK])
+        assert torch.equal(pair.B[expert], B[:, expert::4])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cadapter.adapters.control import ControlAdapter, ControlSettings
+from cadapter.adapters.control import ControlSettings, GeneralAdapter
 from cadapter.adapters.trained_control import TrainedControlAdapters
 from tests.reference import naive
 
@@ -19,23 +19,23 @@ SETTINGS = ControlSettings(RANK, math.sqrt(RANK))
 CPU = torch.device("cpu")
 
 
-def random_adapters(layers: tuple[int, ...] = LAYERS, settings: ControlSettings = SETTINGS) -> list[ControlAdapter]:
+def random_adapters(layers: tuple[int, ...] = LAYERS, settings: ControlSettings = SETTINGS) -> list[GeneralAdapter]:
     """One adapter for each layer, the same for the same layer, with norms that differ from layer to layer."""
     adapters = []
     for layer in layers:
-        adapter = ControlAdapter(HIDDEN, layer, settings, seed=3)
+        adapter = GeneralAdapter(HIDDEN, layer, settings, seed=3)
         generator = torch.Generator().manual_seed(layer)
         adapter.control_B.data.normal_(std=0.1 * (layer + 1), generator=generator)
         adapters.append(adapter)
     return adapters
 
 
-def full(adapter: ControlAdapter) -> Tensor:
+def full(adapter: GeneralAdapter) -> Tensor:
     """W [H, H] in float64."""
     return naive.full_matrix(adapter.control_A.detach(), adapter.control_B.detach(), SETTINGS.scale)
 
 
-def trained(adapters: list[ControlAdapter], decay: float) -> TrainedControlAdapters:
+def trained(adapters: list[GeneralAdapter], decay: float) -> TrainedControlAdapters:
     return TrainedControlAdapters(adapters, SETTINGS, LAYERS, decay, CPU)
 
 

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import (
     ControlAdapterFiles,
-    LowRank,
     control_card,
     describe_layers,
     read_control_adapter,
     write_control_adapter,
 )
+from cadapter.adapters.factors import LowRank
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, prepare_data
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint

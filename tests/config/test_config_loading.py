@@ -211,7 +211,8 @@ def test_wrong_values_in_a_dataset(report, line: str, says: str) -> None:
         "mix_datasets = true",
         "attn_implementation = 'eager'",
         "layers_to_transform = '0:10,30'",
-        "control_gamma = 0.5",
+        "control_gamma = 0.25",
+        "control_form = 'symmetric'",
         "document_attention = 'packed'",
         "full_fine_tune = false",
     ],
@@ -223,8 +224,6 @@ def test_right_values(load, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "control_form = 'symmetric'",
-        "control_gamma = 0.25",
         "document_attention = 'isolated'",
         "activation_checkpointing = 'selective'",
         "activation_checkpointing = 'offload'",
@@ -278,6 +277,8 @@ def test_every_way_to_train_has_its_keys(load, mode: str, key: str, value: objec
         (f"{DATASET}control_class = -1", 7, "only Control Adapters know classes"),
         (f"full_fine_tune = true\nuse_control_adapters = true\n{DATASET}", 5, "choose one of the two"),
         (f"control_form = 'symmetric'\nlora_alpha = 4.0\n{DATASET}", 6, "the symmetric form has no scale"),
+        (f"control_form = 'symmetric'\ncontrol_inverse = 'neumann'\n{DATASET}", 6, "needs no series"),
+        (f"control_form = 'symmetric'\nlora_weight_dtype = 'bfloat16'\n{DATASET}", 6, "cannot hold orthonormal"),
         (f"use_control_adapters = true\ntarget_modules = ['a']\n{DATASET}", 6, "Control Adapters act on whole layers"),
     ],
 )

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import (
     ControlAdapterFiles,
-    LowRank,
     control_card,
     read_control_adapter,
     write_control_adapter,
 )
+from cadapter.adapters.factors import LowRank, Symmetric
 from cadapter.adapters.layer_facts import describe_layers
 from cadapter.models.attach import SteeredModel, load_causal_lm
 from cadapter.models.checkpoint import Checkpoint
@@ -56,7 +56,8 @@ def make_adapter(tmp_path):
 
     def make(
         base: Path, name: str = "adapter", site: str = "writes", spectral: float = 0.5, rank: int = 4,
-        layers: tuple[int, ...] = tuple(range(LAYERS)), seed: int = 0, inverse: str = "exact", **changes,
+        layers: tuple[int, ...] = tuple(range(LAYERS)), seed: int = 0, inverse: str = "exact",
+        form: str = "general", **changes,
     ) -> Path:  # fmt: skip
         checkpoint = Checkpoint(base)
         hidden = checkpoint.config.hidden_size
@@ -66,10 +67,13 @@ def make_adapter(tmp_path):
             A = torch.randn(rank, hidden, generator=generator)
             B = torch.randn(hidden, rank, generator=generator)
             factors[layer] = LowRank(A, B * spectral / torch.linalg.matrix_norm(scale * B @ A, 2))
+            if form == "symmetric":  # the largest |e^S − 1| is ``spectral``
+                S = torch.linspace(-1, 1, rank) * math.log1p(spectral)
+                factors[layer] = Symmetric(torch.linalg.qr(B).Q, S)
         adapter = ControlAdapterFiles(
             path=tmp_path / name,
             rank=rank,
-            alpha=math.sqrt(rank),
+            alpha=rank if form == "symmetric" else math.sqrt(rank),
             layers=factors,
             site=site,
             inverse=inverse,

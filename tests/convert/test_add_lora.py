@@ -59,7 +59,7 @@ def test_peft_loads_it_and_gives_the_merged_models_logits(
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["lora_bias"] == (name == "llama-biased")
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
-    assert config["target_modules"] == ["down_proj", "o_proj"]
+    assert config["target_modules"] == ["o_proj", "down_proj"]
     assert config["layers_to_transform"] == list(layers)
 
 

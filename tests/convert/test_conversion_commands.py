@@ -47,6 +47,31 @@ def test_inspect_norms_as_json(adapter, tmp_path):
     assert json.loads((tmp_path / "norms.json").read_text()) == content
 
 
+def test_inspect_norms_of_a_symmetric_adapter_shows_how_orthonormal_it_is(base, make_adapter):
+    adapter = make_adapter(base, form="symmetric")
+    table = run("inspect-norms", adapter)
+    assert "‖QᵀQ-I‖₂" in table.stdout
+    assert "symmetric" in table.stdout
+    content = json.loads(run("inspect-norms", adapter, "--json", "-").stdout)
+    assert 0 < content["max"]["orthogonality_error"] < 1e-6  # Q is float32
+    assert content["max"]["spectral"] == pytest.approx(0.5, rel=1e-6)
+
+
+def test_inspect_norms_draws_a_picture(adapter, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "norms.png"
+    result = run("inspect-norms", adapter, "--plot", picture)
+    assert result.exit_code == 0, result.stderr
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.width > 2 * image.height
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50  # lines in several colours, not an empty frame
+    result = run("inspect-norms", adapter, "--plot", tmp_path / "norms.pdf")
+    assert result.exit_code == 2
+    assert "ends in .png" in result.stderr
+
+
 def test_inspect_norms_fails_above(adapter):
     assert run("inspect-norms", adapter, "--fail-above", "0.51").exit_code == 0
     result = run("inspect-norms", adapter, "--fail-above", "0.49")
@@ -135,7 +160,7 @@ def test_mistakes_are_told_in_plain_lines(arguments, message, base, adapter, mod
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize("command", ["inspect-norms", "to-mult-lora", "to-add-lora", "merge"])
+@pytest.mark.parametrize("command", ["inspect-norms", "to-mult-lora", "to-add-lora", "merge", "to-gguf"])
 def test_help_has_examples_and_imports_no_torch(command):
     code = (
         "import sys; sys.argv = ['cadapter', sys.argv[1], '--help']\n"

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cadapter.adapters.directory import read_control_adapter
+from cadapter.adapters.lora import LoraSettings
 from cadapter.convert.add_lora import to_add_lora
+from cadapter.convert.lora_directory import read_lora
 from cadapter.convert.merge import merge_model
 from cadapter.convert.mult_lora import to_mult_lora
 from cadapter.convert.operators import Dial
 from cadapter.convert.plan import make_recipe
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
+from tests.adapters.lora_cases import put_lora, randomise, write
 from tests.reference import naive
 from tests.tiny_models import CONFIGS, FAMILY_NAMES, HIDDEN, LAYERS
 
 EXPERTS = tuple(name for name in CONFIGS if "_moe" in name or name == "mixtral")
-DENSE = tuple(name for name in CONFIGS if name not in EXPERTS)
 FORMATS = [*((name, False) for name in CONFIGS), *((name, True) for name in EXPERTS)]
 """Every model as on the hub, and those with experts also with fused ones on disk."""
 
@@ -70,8 +73,9 @@ def test_merged_models_are_the_adapter_applied_natively(
     name, fused, model_directory, make_adapter, native_logits, tokens, logits, tmp_path
 ):
     base = model_directory(name, fused=fused)
-    for site in ("writes", "mlp", *(["block"] if name in PARALLEL else [])):
-        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL)
+    blocks = [("block", "general")] if name in PARALLEL else []
+    for site, form in [("writes", "general"), ("mlp", "symmetric"), *blocks]:
+        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL, form=form)
         expected = native_logits(base, adapter, tokens, [0.0, *STRENGTHS])
         for strength, native in zip(STRENGTHS, expected[1:], strict=True):
             assert error(native, expected[0]) > 0.02
@@ -149,32 +153,85 @@ def test_an_adapter_that_records_nothing_of_its_experts_asks_for_the_base(model_
     assert to_mult_lora(adapter, tmp_path / "mult", Dial(), base=Checkpoint(base)).pairs == LAYERS * (1 + 4)
 
 
-@pytest.mark.parametrize("name", DENSE)
+def peft_logits(base: Path, lora: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the base with a LoRA that ``PeftModel.from_pretrained`` finds complete."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        model = PeftModel.from_pretrained(model, lora)
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def without_biases(base: Path, directory: Path) -> Path:
+    """A copy of a model whose residual writers have biases of zero."""
+    shutil.copytree(base, directory)
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("o_proj.bias"):
+                tensors[name] = torch.zeros_like(tensors[name])
+        save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(("name", "fused"), FORMATS)
 def test_additive_loras_are_the_adapter_applied_natively(
-    name, model_directory, make_adapter, native_logits, tokens, tmp_path
+    name, fused, model_directory, make_adapter, native_logits, tokens, logits, tmp_path
 ):
-    base = model_directory(name)
-    for site, strength in (("writes", -0.5), ("mlp", 1.0)):
-        adapter = make_adapter(base, f"adapter-{site}", site, SPECTRAL)
-        lora = tmp_path / f"lora-{site}"
+    """In peft, and merged; dense models and mixtures of experts, whose dense layers are in the way of peft's names."""
+    base = model_directory(name, fused=fused)
+    if name in EXPERTS:
+        base = without_biases(base, tmp_path / "base")
+    for site, strength, layers in (("writes", -0.5, (0, 1, 2)), ("mlp", 1.0, (1, 2)), ("writes", 1.0, (1,))):
+        adapter = make_adapter(base, f"adapter-{site}-{strength}", site, SPECTRAL, layers=layers)
+        lora = tmp_path / f"lora-{site}-{strength}"
         summary = to_add_lora(Checkpoint(base), "base", read_control_adapter(adapter), lora, Dial(strength=strength))
         assert summary.notes == ()
         assert json.loads((lora / "adapter_config.json").read_text())["lora_bias"] == (summary.biases > 0)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*(missing|unexpected).*")
-            model = PeftModel.from_pretrained(model, lora)
-        with torch.no_grad():
-            found = model(input_ids=tokens, use_cache=False).logits
         [native] = native_logits(base, adapter, tokens, [strength])
-        assert error(found, native) < ROUNDING
+        assert error(peft_logits(base, lora, tokens), native) < ROUNDING
+        output = tmp_path / f"merged-{site}-{strength}"
+        merge(base, lora, output)
+        assert error(logits(output, tokens), native) < ROUNDING
+
+
+def test_a_truncated_lora_on_experts_is_the_best_of_its_rank_for_each(model_directory, make_adapter, tmp_path):
+    base = model_directory("mixtral")
+    files = read_control_adapter(make_adapter(base, site="mlp"))
+    summary = to_add_lora(Checkpoint(base), "base", files, tmp_path / "lora", Dial(), rank=2)
+    pairs, stored = read_lora(tmp_path / "lora").pairs, tensors_of(base)
+    kept = {}
+    for layer, factors in files.layers.items():
+        pair, shares = pairs[f"model.layers.{layer}.mlp.experts.down_proj"], []
+        for expert in range(4):
+            weight = stored[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"].double()
+            product = naive.full_matrix(factors.A, factors.B, files.scale) @ weight
+            best, _ = naive.truncation(product, 2)
+            torch.testing.assert_close((pair.B[expert] @ pair.A[expert]).double(), best, rtol=1e-5, atol=1e-5)
+            shares.append((best.square().sum().item(), product.square().sum().item()))
+        kept[layer] = sum(part for part, _ in shares) / sum(whole for _, whole in shares)
+    assert summary.kept == pytest.approx(kept, rel=1e-6)
+
+
+def test_biases_beside_experts_are_refused(model_directory, make_adapter, tmp_path):
+    base = model_directory("qwen3_moe")
+    adapter = read_control_adapter(make_adapter(base))
+    with pytest.raises(UsageError, match=r"layer 0: self_attn\.o_proj(.|\n)*cadapter merge, or cadapter to-mult-lora"):
+        to_add_lora(Checkpoint(base), "base", adapter, tmp_path / "lora", Dial())
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize(("name", "fused"), [pair for pair in FORMATS if pair[0] in EXPERTS])
-def test_an_additive_lora_of_a_model_with_experts_is_refused(name, fused, model_directory, make_adapter, tmp_path):
+def test_a_trained_lora_on_experts_merges_as_peft_applies_it(name, fused, model_directory, tokens, logits, tmp_path):
+    """Gate and up projections, one tensor in memory, are two of each expert on disk."""
     base = model_directory(name, fused=fused)
-    for layers in ((0, 1, 2), (1,)):  # layer 1 alone is dense in some; peft goes wrong there too
-        adapter = read_control_adapter(make_adapter(base, f"adapter-{layers}", layers=layers))
-        with pytest.raises(UsageError, match=r"has experts(.|\n)*cadapter merge, or cadapter to-mult-lora"):
-            to_add_lora(Checkpoint(base), "base", adapter, tmp_path / "lora", Dial())
-    assert not list(tmp_path.glob("*lora*"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = ("q_proj", "experts.gate_up_proj", "experts.down_proj")
+    blocks, found = put_lora(model, LoraSettings(4, 8.0, targets=targets))
+    randomise(blocks)
+    lora = write(tmp_path / "lora", blocks, found, name)
+    merge(base, lora, tmp_path / "merged")
+    native = peft_logits(base, lora, tokens)
+    assert error(native, logits(base, tokens)) > 0.02
+    assert error(logits(tmp_path / "merged", tokens), native) < ROUNDING

@@ -81,11 +81,11 @@ def test_merged_weights_are_the_naive_product(name, model_directory, make_adapte
     assert summary.largest_name in changed
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_three_ways_to_one_model(name, model_directory, make_adapter, tokens, logits, tmp_path):
+@pytest.mark.parametrize(("name", "form"), [*((name, "general") for name in NAMES), ("llama", "symmetric")])
+def test_three_ways_to_one_model(name, form, model_directory, make_adapter, tokens, logits, tmp_path):
     """merge(control) = merge(to-mult-lora) = merge(to-add-lora) to float32 rounding, for an adapter that matters."""
     base = model_directory(name)
-    adapter = make_adapter(base)
+    adapter = make_adapter(base, form=form)
     control = read_control_adapter(adapter)
     to_mult_lora(control, tmp_path / "mult", Dial())
     to_add_lora(Checkpoint(base), str(base), control, tmp_path / "add", Dial())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cadapter.adapters.directory import LowRank, read_control_adapter
+from cadapter.adapters.directory import read_control_adapter
+from cadapter.adapters.factors import LowRank
 from cadapter.convert.norms import measure, verdict
 from tests.reference import naive
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cadapter.adapters.control import SITES, ControlAdapter
+from cadapter.adapters.control import SITES, GeneralAdapter
 from tests.models.parity_table import ADAPTERS, LOGITS, LOSS, WEIGHTS, ParityTable
 from tests.models.parity_worker import (
     MICRO_BATCHES,
@@ -143,7 +143,7 @@ def base(directory: Path, dtype: torch.dtype) -> tuple[Tensor, float]:
 def controlled(case: Case) -> tuple[Tensor, float, Seen]:
     """The reference's logits, loss and gradients with random adapters, in float64."""
     ids, labels, classes = global_batch()
-    adapters = [ControlAdapter(HIDDEN, layer, case.settings, seed=0) for layer in case.adapted]
+    adapters = [GeneralAdapter(HIDDEN, layer, case.settings, seed=0) for layer in case.adapted]
     randomise(adapters)
     by_layer = references(adapters, classes)
     weights = token_weights(labels, classes)

@@ -60,16 +60,19 @@ class PlainTrainer:
     def _hook(self, layer: int):
         def change(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             delta = output - inputs[0]
-            W = full_matrix(*self.factors[layer], self.settings.scale)
-            I = identity(W)  # noqa: E741
-            inverse = torch.linalg.inv(I + W)
+            enhancing, suppressing = self.operators(layer)
             classes = self.predicted_classes.unsqueeze(-1)
-            enhanced, suppressed = delta @ W.T, delta @ (inverse - I).T
+            enhanced, suppressed = delta @ enhancing.T, delta @ suppressing.T
             ratio = enhanced.square().sum(-1) / delta.square().sum(-1).clamp(min=1e-6)
             self.neutral_ratios.append(ratio[self.predicted_classes == 0].sum())
             return output + torch.where(classes == 1, enhanced, 0.0) + torch.where(classes == -1, suppressed, 0.0)
 
         return change
+
+    def operators(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``W`` and ``(I + W)^-1 − I`` of a layer, [H, H]."""
+        W = full_matrix(*self.factors[layer], self.settings.scale)
+        return W, torch.linalg.inv(identity(W) + W) - identity(W)
 
     def step(self, step: Step) -> dict[str, float]:
         """Take one optimiser step and return what is reported of it."""
@@ -124,10 +127,31 @@ class PlainTrainer:
                     unbiased_first = first / (1 - settings.beta1**t)
                     unbiased_second = second / (1 - settings.beta2**t)
                     parameter -= lr * unbiased_first / (unbiased_second.sqrt() + settings.eps)
+        self.after_adam(lr)
+        return norm, lr
+
+    def after_adam(self, lr: float) -> None:
+        """The composite decay of the product, by autograd through the full matrix."""
         for pair in self.factors.values():
-            penalty = settings.decay * 0.5 * full_matrix(*pair, settings.scale).square().sum()
+            penalty = self.settings.decay * 0.5 * full_matrix(*pair, self.settings.scale).square().sum()
             slopes = torch.autograd.grad(penalty, pair)
             with torch.no_grad():
                 for parameter, slope in zip(pair, slopes, strict=True):
                     parameter -= lr * slope
-        return norm, lr
+
+
+class SymmetricTrainer(PlainTrainer):
+    """The same with factors Q [H, r] and S [r] of every layer, ``W = Q·diag(e^S − 1)·Qᵀ``; −S is the inverse."""
+
+    def operators(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``Q·diag(e^S − 1)·Qᵀ`` and ``Q·diag(e^−S − 1)·Qᵀ``."""
+        Q, S = self.factors[layer]
+        return Q @ torch.diag(S.exp() - 1) @ Q.T, Q @ torch.diag((-S).exp() - 1) @ Q.T
+
+    @torch.no_grad()
+    def after_adam(self, lr: float) -> None:
+        """The nearest orthonormal columns (the polar factor, where the published iteration leads), and S's decay."""
+        for Q, S in self.factors.values():
+            U, _, Vh = torch.linalg.svd(Q, full_matrices=False)
+            Q.copy_(U @ Vh)
+            S.mul_(1 - lr * self.settings.decay / len(S))

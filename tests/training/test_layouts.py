@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cadapter.adapters.control import initial_factor
+from cadapter.adapters.control import initial_directions, initial_factor
 from cadapter.data import prepare_data
 from cadapter.data.batches import BatchPlan
-from tests.reference.plain_trainer import PlainTrainer, Settings, Step
+from tests.reference.plain_trainer import PlainTrainer, Settings, Step, SymmetricTrainer
 from tests.tiny_project import HIDDEN, LAYERS, Project, metrics, run_well
 
 ALL = ("positive", "negative", "neutral")
@@ -21,7 +22,7 @@ LOSS = 1e-5
 """Losses are sums of some 500 float32 terms around 6, added in different orders and on different processes."""
 ADAPTER = 1e-4
 """Relative, per tensor: Adam divides by √v, which turns rounding of tiny gradients into rounding of whole steps."""
-STEPS = 10
+STEPS, RANK = 10, 4
 
 COMMON: dict[str, Any] = {
     "kinds": ALL, "control_class0_lambda": 0.5, "max_steps": STEPS, "eval_fraction": 0.1, "evals_per_run": 2
@@ -60,7 +61,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def assert_same_factors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert any(name.endswith("control_B.weight") and tensor.norm() > 0 for name, tensor in one.items())
+    assert any(
+        name.endswith(("control_B.weight", "control_S.weight")) and tensor.norm() > 0 for name, tensor in one.items()
+    )
     for name, tensor in one.items():
         assert (tensor - other[name]).norm() <= ADAPTER * tensor.norm(), name
 
@@ -118,29 +121,50 @@ def test_a_stage_may_train_nothing(project: Project) -> None:
     assert {name.split(".")[4] for name in factors(two)} == {"3"}
 
 
-@pytest.mark.parametrize("site", ["block"])
-def test_a_plain_loop_over_the_same_sequences_gives_the_same(project: Project, site: str) -> None:
-    steps, per_step, rank = 8, 4, 4
+@pytest.mark.processes
+def test_the_symmetric_form_trains_the_same_on_two_stages_and_two_replicas(project: Project) -> None:
+    keys = {"control_form": "symmetric", "lora_dropout": 0.1, "lora_weight_decay": 3.0, "max_steps": 5}
+    one = train_run(project, "symmetric-1x1", 1, gradient_accumulation_steps=8, **keys)
+    many = train_run(project, "symmetric-2x2", 4, pipeline_stages=2, gradient_accumulation_steps=4, **keys)
+    assert_same_run(one, many)
+
+
+PLAIN_FORMS: dict[str, tuple[type[PlainTrainer], str, float]] = {
+    "general": (PlainTrainer, "AB", RANK**-0.5),
+    "symmetric": (SymmetricTrainer, "QS", 1.0),
+}
+"""The reference of each form, the letters of its factors, and its scale."""
+
+
+def first_factors(form: str, seed: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """What a run starts from."""
+    if form == "general":
+        first, second = partial(initial_factor, name="control_A"), torch.zeros(HIDDEN, RANK)
+    else:
+        first, second = partial(initial_directions, name="control_Q"), torch.zeros(RANK)
+    return {layer: (first(seed, layer, rank=RANK, hidden_size=HIDDEN), second.clone()) for layer in range(LAYERS)}
+
+
+@pytest.mark.parametrize("form", PLAIN_FORMS)
+def test_a_plain_loop_over_the_same_sequences_gives_the_same(project: Project, form: str) -> None:
+    steps, per_step = 8, 4
     keys = {
-        "kinds": ALL, "control_site": site, "control_class0_lambda": 0.5, "max_steps": steps, "lora_weight_decay": 20.0,
-        "gradient_accumulation_steps": per_step, "class_weights": {"positive": 1.0, "negative": 0.5}, "lr": 2e-2,
-        "gradient_clipping": 0.05,
+        "kinds": ALL, "control_class0_lambda": 0.5, "max_steps": steps, "lora_weight_decay": 20.0, "lr": 2e-2,
+        "gradient_accumulation_steps": per_step, "class_weights": {"positive": 1.0, "negative": 0.5},
+        "gradient_clipping": 0.05, "control_form": form,
     }  # fmt: skip
-    file = project.write_config("plain", **keys)
+    file = project.write_config(f"plain-{form}", **keys)
     run_well("train", file)
 
     config = project.load(file)
     packed = prepare_data(config).train
     plan = BatchPlan(len(packed), per_step, 1, steps, config.seed)
     model = AutoModelForCausalLM.from_pretrained(project.root / "model", dtype=torch.float64)
-    start = {
-        layer: (initial_factor(config.seed, layer, "control_A", rank, HIDDEN), torch.zeros(HIDDEN, rank))
-        for layer in range(LAYERS)
-    }
-    settings = Settings(scale=rank**-0.5, lr=2e-2, decay=20.0, clipping=0.05, neutral=0.5, weights={1: 1.0, -1: 0.5})
-    trainer = PlainTrainer(model, start, settings)
+    kind, letters, scale = PLAIN_FORMS[form]
+    settings = Settings(scale, lr=2e-2, decay=20.0, clipping=0.05, neutral=0.5, weights={1: 1.0, -1: 0.5})
+    trainer = kind(model, first_factors(form, config.seed), settings)
     clipped = 0
-    for number, line in enumerate(metrics(project.root / "plain"), 1):
+    for number, line in enumerate(metrics(project.root / f"plain-{form}"), 1):
         ids, classes, trained = (torch.from_numpy(each) for each in packed.rows(plan.indices(number)))
         expected = trainer.step(Step(ids.long(), classes.long(), trained))
         clipped += expected["grad_norm"] > settings.clipping
@@ -148,10 +172,9 @@ def test_a_plain_loop_over_the_same_sequences_gives_the_same(project: Project, s
             assert line.get(f"train/{name}", 0.0) == pytest.approx(value, rel=LOSS, abs=1e-7), (number, name)
     assert number == steps
     assert clipped, "no step tests the clipping"
-    trained = factors(project.root / "plain")
-    expected = {
+    expected_factors = {
         f"base_model.model.model.layers.{layer}.control_{letter}.weight": factor.detach().float()
         for layer, pair in trainer.factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
+        for letter, factor in zip(letters, pair, strict=True)
     }
-    assert_same_factors(expected, trained)
+    assert_same_factors(expected_factors, factors(project.root / f"plain-{form}"))

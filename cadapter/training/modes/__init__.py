@@ -26,7 +26,9 @@ def mode_of(config: Config, model: CausalLM) -> Mode:
         return FullMode(model, chosen, config.target_modules, companions, config.dtype, gradient_dtype)
     decay = config.lora_weight_decay
     if config.use_control_adapters:
-        return ControlMode(model, layers, control_settings(config), config.seed, decay, config.model_dir)
+        return ControlMode(
+            model, layers, control_settings(config), config.seed, decay, config.control_gamma, config.model_dir
+        )
     settings = lora_settings(config)
     blocks = [model.skeleton_block(index) for index in range(model.layer_count)]
     targets = match_model(blocks, layers, settings.targets, settings.dropout, model.four_bit)

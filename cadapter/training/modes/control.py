@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings
+from cadapter.adapters.control import ControlAdapter, ControlledBlock, ControlSettings, new_adapter
 from cadapter.adapters.directory import (
     ControlAdapterFiles,
     LayerFacts,
-    LowRank,
     control_card,
     describe_layers,
     layer_ranges,
@@ -22,6 +22,7 @@ from cadapter.adapters.directory import (
     validate_against,
     write_control_adapter,
 )
+from cadapter.adapters.factors import FORMS
 from cadapter.adapters.strengths import load_factors
 from cadapter.adapters.trained_control import TrainedControlAdapters
 from cadapter.config import Config
@@ -37,6 +38,7 @@ def control_settings(config: Config) -> ControlSettings:
         rank=config.lora_rank,
         alpha=config.alpha,
         site=config.control_site,
+        form=config.control_form,
         inverse=config.control_inverse,
         neumann_order=config.control_neumann_order,
         dropout=config.lora_dropout,
@@ -52,7 +54,8 @@ class ControlMode:
         layers: the blocks that get an adapter.
         settings: of the adapters.
         seed: of their initial values.
-        decay: λ of the composite decay.
+        decay: λ of the composite decay, or of the decay of S.
+        gamma: γ, how far a step goes toward orthonormal columns of Q in the symmetric form.
         base_name: the base as the config names it.
     """
 
@@ -65,6 +68,7 @@ class ControlMode:
         settings: ControlSettings,
         seed: int = 0,
         decay: float = 0.0,
+        gamma: float = 0.5,
         base_name: str = "",
     ) -> None:
         self.model = model
@@ -72,6 +76,7 @@ class ControlMode:
         self.settings = settings
         self.seed = seed
         self.decay = decay
+        self.gamma = gamma
         self.base_name = base_name
         self.bytes_per_trained = trained_bytes(settings.dtype, torch.float32)
 
@@ -84,17 +89,20 @@ class ControlMode:
         """Put an adapter around an adapted block."""
         if index not in self.layers:
             return block
-        adapter = ControlAdapter(self.model.hidden_size, index, self.settings, self.seed, self.model.device)
+        adapter = new_adapter(self.model.hidden_size, index, self.settings, self.seed, self.model.device)
         return ControlledBlock(block, adapter, self.model.family, self.model.residual_scale)
 
     def trainable(self) -> list[int]:
-        """2·r·H for each adapted block."""
-        each = 2 * self.settings.rank * self.model.hidden_size
+        """Numbers of each adapted block: 2·r·H, or r·H + r in the symmetric form."""
+        wide = self.settings.rank * self.model.hidden_size
+        each = wide + self.settings.rank if self.settings.form == "symmetric" else 2 * wide
         return [0, *(each if index in self.layers else 0 for index in range(self.model.layer_count)), 0]
 
     def trained(self, layers: Sequence[nn.Module]) -> TrainedControlAdapters:
         """The adapters of this stage."""
-        return TrainedControlAdapters(adapters_of(layers), self.settings, self.layers, self.decay, self.model.device)
+        return TrainedControlAdapters(
+            adapters_of(layers), self.settings, self.layers, self.decay, self.model.device, self.gamma
+        )
 
     def parts(self, layers: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
         """All factors of this stage at once: they are small."""
@@ -120,6 +128,8 @@ class ControlMode:
     def _read(self, directory: Path) -> ControlAdapterFiles:
         files, settings = read_control_adapter(directory), self.settings
         validate_against(files, self.model.hidden_size, self.model.layer_count)
+        if files.form != settings.form:
+            raise UsageError(f'{directory} was trained with control_form = "{files.form}", not "{settings.form}".')
         check_rank_and_alpha(directory, (files.rank, files.alpha), (settings.rank, settings.alpha))
         if files.site != settings.site:
             raise UsageError(f'{directory} was trained with control_site = "{files.site}", not "{settings.site}".')
@@ -146,14 +156,16 @@ class ControlMode:
             "layers": self.layers,
             "lora_rank": self.settings.rank,
             "lora_alpha": self.settings.alpha,
+            "control_form": self.settings.form,
             "control_site": self.settings.site,
         }
 
     def description(self) -> str:
         """Rank, scale, site, layers, parameters."""
         settings = self.settings
+        form = "symmetric" if settings.form == "symmetric" else f"scale {settings.scale:g}"
         return (
-            f"Control Adapters: rank {settings.rank}, scale {settings.scale:g}, site {settings.site}, "
+            f"Control Adapters: rank {settings.rank}, {form}, site {settings.site}, "
             f"{len(self.layers)} of {self.model.layer_count} layers, {sum(self.trainable()):,} parameters."
         )
 
@@ -173,8 +185,9 @@ class ControlAdapterWriter:
     def finish(self) -> None:
         """Write the directory."""
         mode, settings = self._mode, self._mode.settings
+        form = FORMS[settings.form]
         factors = {
-            layer: LowRank(self._tensors[f"layers.{layer}.control_A"], self._tensors[f"layers.{layer}.control_B"])
+            layer: form(*(self._tensors[f"layers.{layer}.control_{each.name}"] for each in fields(form)))
             for layer in mode.layers
         }
         adapter = ControlAdapterFiles(
