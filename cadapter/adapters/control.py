@@ -171,10 +171,7 @@ class GeneralAdapter(ControlAdapter):
 
     def suppressing(self) -> Tensor:
         """The exact inverse, or its Neumann series."""
-        middle = core(*self.factors(), self.settings.scale)
-        if self.settings.inverse == "exact":
-            return exact_inverse(middle)
-        return neumann_inverse(middle, self.settings.neumann_order)
+        return suppressing([self])[0]
 
 
 class SymmetricAdapter(ControlAdapter):
@@ -198,6 +195,47 @@ class SymmetricAdapter(ControlAdapter):
     def suppressing(self) -> Tensor:
         """The diagonal expm1(−S): ``I + W`` with −S is the inverse."""
         return torch.expm1(-self.control_S.float())
+
+
+class ClassTransforms:
+    """The transforms of the classes for all adapters of a stage, worked out together: once in a forward pass.
+
+    Alone, each would cost dozens of small operations on the GPU, forward and backward.
+    """
+
+    def __init__(self) -> None:
+        self._adapters: list[ControlAdapter] = []
+        self._made: dict[int, list[Transform]] = {}
+
+    def add(self, adapter: ControlAdapter) -> None:
+        """Have one more adapter; they are passed in the order in which they are added."""
+        self._adapters.append(adapter)
+
+    def of(self, adapter: ControlAdapter) -> list[Transform]:
+        """The T of the classes +1 and −1 of one adapter; the first one's turn starts a pass."""
+        if self._adapters and adapter is self._adapters[0]:
+            self._made = self._work_out()
+        made = self._made.pop(adapter.layer, None)
+        return adapter.class_transforms() if made is None else made
+
+    def _work_out(self) -> dict[int, list[Transform]]:
+        together = [each for each in self._adapters if isinstance(each, GeneralAdapter)]
+        if len(together) < 2:
+            return {}
+        inverses = suppressing(together).unbind()
+        return {
+            each.layer: [(POSITIVE, None), (NEGATIVE, T)] for each, T in zip(together, inverses, strict=True)
+        }
+
+
+def suppressing(adapters: Sequence[GeneralAdapter]) -> Tensor:
+    """T of class −1 of adapters that have their settings in common, [adapters, r, r]."""
+    settings = adapters[0].settings
+    A, B = (torch.stack(factors) for factors in zip(*(each.factors() for each in adapters), strict=True))
+    middle = core(A, B, settings.scale)
+    if settings.inverse == "exact":
+        return exact_inverse(middle)
+    return neumann_inverse(middle, settings.neumann_order)
 
 
 def new_adapter(hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any) -> ControlAdapter:

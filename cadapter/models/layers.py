@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cadapter.adapters.control import ControlledBlock, Transform
+from cadapter.adapters.control import ClassTransforms, ControlledBlock, Transform
 from cadapter.adapters.lora import LoraBlock
 from cadapter.models.device import to_device
 from cadapter.models.execution import BlockRunner
@@ -153,10 +153,18 @@ class DecoderLayer(nn.Module):
         carrier: what travels.
         keep: what is kept for the backward pass, see :mod:`cadapter.models.execution`.
         runner: of :func:`run_block`.
+        classes: where the transforms of the classes come from, for blocks with a Control Adapter.
     """
 
     def __init__(
-        self, block: nn.Module, index: int, frame: Frame, carrier: CarrierFormat, keep: str, runner: BlockRunner
+        self,
+        block: nn.Module,
+        index: int,
+        frame: Frame,
+        carrier: CarrierFormat,
+        keep: str,
+        runner: BlockRunner,
+        classes: ClassTransforms,
     ) -> None:
         super().__init__()
         self.block = block
@@ -165,6 +173,7 @@ class DecoderLayer(nn.Module):
         self.carrier = carrier
         self.keep = keep
         self.runner = runner
+        self.classes = classes
         self.transforms: list[Transform] | None = None
 
     def set_transforms(self, transforms: list[Transform] | None) -> None:
@@ -176,7 +185,7 @@ class DecoderLayer(nn.Module):
         carrier = self.carrier.unpack(parts)
         transforms = self.transforms
         if transforms is None:
-            transforms = self.block.adapter.class_transforms() if isinstance(self.block, ControlledBlock) else []
+            transforms = self.classes.of(self.block.adapter) if isinstance(self.block, ControlledBlock) else []
         hidden, penalty = self.runner(
             self.keep,
             self.block,

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from cadapter.adapters.control import ClassTransforms, ControlledBlock
 from cadapter.models.execution import BlockRunner
 from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer, run_block
 from cadapter.models.loading import CausalLM
@@ -40,6 +41,7 @@ class StageBuilder:
         self.recompute = recompute
         self.runner = runner or BlockRunner(run_block)
         self._frame = Frame(model)
+        self._classes = ClassTransforms()
         self._embedding: nn.Module | None = None
 
     def builders(self) -> list[Callable[[], nn.Module]]:
@@ -58,7 +60,10 @@ class StageBuilder:
 
     def _block(self, index: int) -> nn.Module:
         block = self.mode.wrap(self.model.block(index), index)
-        return DecoderLayer(block, index, self._frame, self.carrier, self.recompute.block(index), self.runner)
+        if isinstance(block, ControlledBlock):
+            self._classes.add(block.adapter)
+        keep = self.recompute.block(index)
+        return DecoderLayer(block, index, self._frame, self.carrier, keep, self.runner, self._classes)
 
     def _last(self) -> nn.Module:
         weights = self.model.head_weights(self._embedding)
