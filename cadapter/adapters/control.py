@@ -223,9 +223,7 @@ class ClassTransforms:
         if len(together) < 2:
             return {}
         inverses = suppressing(together).unbind()
-        return {
-            each.layer: [(POSITIVE, None), (NEGATIVE, T)] for each, T in zip(together, inverses, strict=True)
-        }
+        return {each.layer: [(POSITIVE, None), (NEGATIVE, T)] for each, T in zip(together, inverses, strict=True)}
 
 
 def suppressing(adapters: Sequence[GeneralAdapter]) -> Tensor:

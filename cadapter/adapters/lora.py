@@ -222,9 +222,7 @@ class LoraBlock(nn.Module):
 
 
 def _unfit(name: str, layer: int, reason: str) -> CadapterError:
-    return CadapterError(
-        f"LoRA cannot be put on {name} of layer {layer}: {reason}.\nLeave it out of target_modules."
-    )
+    return CadapterError(f"LoRA cannot be put on {name} of layer {layer}: {reason}.\nLeave it out of target_modules.")
 
 
 def _first_factor(

@@ -15,6 +15,7 @@ which share of what it would keep it may keep, and finds the cheapest choice.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -71,6 +72,8 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], what: str, required: bool) -> None:
+        # What is float32 here is so for the sake of its precision.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
         self._function = function

@@ -29,8 +29,7 @@ def _weight(packed: Tensor, constants: list[Tensor], out_features: int, in_featu
     return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK_SIZE, QUANT_TYPE, shape, dtype)
 
 
-@torch.library.custom_op("cadapter::linear_4bit", mutates_args=())
-def linear_4bit(
+def _linear_4bit(
     inputs: Tensor, packed: Tensor, constants: list[Tensor], out_features: int, bias: Tensor | None
 ) -> Tensor:
     """W·x + b for inputs [.., in]: [.., out]."""
@@ -38,19 +37,18 @@ def linear_4bit(
     return nn.functional.linear(inputs, weight, bias)
 
 
-@torch.library.custom_op("cadapter::linear_4bit_backward", mutates_args=())
-def linear_4bit_backward(gradient: Tensor, packed: Tensor, constants: list[Tensor], in_features: int) -> Tensor:
+def _linear_4bit_backward(gradient: Tensor, packed: Tensor, constants: list[Tensor], in_features: int) -> Tensor:
     """Wᵀ·g for gradients [.., out]: [.., in]."""
     return gradient @ _weight(packed, constants, gradient.shape[-1], in_features, gradient.dtype)
 
 
-@linear_4bit.register_fake
-def _(inputs: Tensor, packed: Tensor, constants: list[Tensor], out_features: int, bias: Tensor | None) -> Tensor:
+def _shape_of_linear(
+    inputs: Tensor, packed: Tensor, constants: list[Tensor], out_features: int, bias: Tensor | None
+) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], out_features)
 
 
-@linear_4bit_backward.register_fake
-def _(gradient: Tensor, packed: Tensor, constants: list[Tensor], in_features: int) -> Tensor:
+def _shape_of_backward(gradient: Tensor, packed: Tensor, constants: list[Tensor], in_features: int) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
@@ -62,11 +60,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, list[None], None, None]:
     packed, *constants = ctx.saved_tensors
-    of_inputs = linear_4bit_backward(gradient, packed, constants, ctx.in_features)
+    of_inputs = torch.ops.cadapter.linear_4bit_backward(gradient, packed, constants, ctx.in_features)
     return of_inputs, None, [None] * len(constants), None, None
 
 
-linear_4bit.register_autograd(_backward, setup_context=_setup_context)
+# Defined by hand: what ``torch.library.custom_op`` checks in every call takes longer than launching the kernels.
+_library = torch.library.Library("cadapter", "FRAGMENT")
+_library.define(
+    "linear_4bit(Tensor inputs, Tensor packed, Tensor[] constants, int out_features, Tensor? bias) -> Tensor"
+)
+_library.define("linear_4bit_backward(Tensor gradient, Tensor packed, Tensor[] constants, int in_features) -> Tensor")
+for _name, _function, _shape in (
+    ("linear_4bit", _linear_4bit, _shape_of_linear),
+    ("linear_4bit_backward", _linear_4bit_backward, _shape_of_backward),
+):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _device)
+    torch.library.register_fake(f"cadapter::{_name}", _shape, lib=_library)
+torch.library.register_autograd("cadapter::linear_4bit", _backward, setup_context=_setup_context, lib=_library)
 
 
 @register_flop_formula([torch.ops.cadapter.linear_4bit, torch.ops.cadapter.linear_4bit_backward])
@@ -111,4 +122,4 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """W·x + b in the dtype of the inputs [.., in]."""
-        return linear_4bit(inputs, self._packed, self._constants, self.out_features, self.bias)
+        return torch.ops.cadapter.linear_4bit(inputs, self._packed, self._constants, self.out_features, self.bias)

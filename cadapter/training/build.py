@@ -34,10 +34,10 @@ from cadapter.training.losses import LossSettings, TrainingLoss
 from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
-from cadapter.training.recompute import Recompute, decide
+from cadapter.training.recompute import Needs, Recompute, decide
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
-from cadapter.training.stages import StageBuilder
+from cadapter.training.stages import StageBuilder, embedding_on_device
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
 
@@ -112,17 +112,22 @@ def compiles(config: Config, model: CausalLM) -> bool:
 def _recompute(config: Config, model: CausalLM, mode: Mode, layout: Layout) -> Recompute:
     if model.four_bit and model.has_experts and config.activation_checkpointing == "auto":
         return Recompute(1, "activation_checkpointing: full, since experts in 4 bits would be kept unpacked otherwise.")
-    in_flight = min(layout.stages, config.gradient_accumulation_steps)
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
-    return decide(
-        config.activation_checkpointing,
-        model.config,
-        model.dtype.itemsize,
-        config.micro_batch_size * config.sequence_len * in_flight,
-        layout.stages,
-        (sum(model.layer_bytes()) + sum(mode.trainable()) * mode.bytes_per_trained) // layout.stages,
-        free,
+    sizes = model.layer_bytes()
+    if not embedding_on_device(model, mode):
+        sizes = sizes[1:]
+    needs = Needs(
+        weights=(sum(sizes) + sum(mode.trainable()) * mode.bytes_per_trained) / layout.stages,
+        blocks=-(-model.layer_count // layout.stages),
+        hidden_size=model.hidden_size,
+        intermediate_size=model.config.intermediate_size,
+        number_bytes=model.dtype.itemsize,
+        micro_batch=config.micro_batch_size * config.sequence_len,
+        in_flight=min(layout.stages, config.gradient_accumulation_steps),
+        compiled=compiles(config, model),
+        trained_inside=mode.name != "control",
     )
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    return decide(config.activation_checkpointing, needs, free, layout.stages * layout.replicas > 1)
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:

@@ -212,6 +212,12 @@ class Pipeline:
         """
         self._engine.train_batch(iter(micro_batches))
 
+    def forget(self) -> None:
+        """Let go of the micro-batches of a step that failed, so that it can be taken again."""
+        for buffers in self._engine.pipe_buffers.values():
+            buffers[:] = [None] * len(buffers)
+        self._engine.loss = None
+
     def evaluate(self, micro_batches: Iterable[PipelineBatch], count: int) -> None:
         """Run ``count`` micro-batches, all of one shape, forward only and without dropout; the loss sees each."""
         self._engine.reset_activation_shape()

@@ -81,9 +81,7 @@ class TrainingLoss:
         positive, negative = classes == POSITIVE, classes == NEGATIVE
         weights = positive * self.settings.positive + negative * self.settings.negative
         hidden = outputs.hidden.flatten(0, 1)
-        total, tokens = weighted_cross_entropy(
-            hidden, outputs.weights[0], labels, weights, outputs.logits, self._score
-        )
+        total, tokens = weighted_cross_entropy(hidden, outputs.weights[0], labels, weights, outputs.logits, self._score)
         trained = labels >= 0
         neutral = total.new_zeros(()) if outputs.penalty is None else outputs.penalty.squeeze(0)
         with torch.no_grad():

@@ -16,6 +16,14 @@ from cadapter.training.modes.base import Mode
 from cadapter.training.recompute import Recompute
 
 
+def embedding_on_device(model: CausalLM, mode: Mode) -> bool:
+    """Whether the table of token embeddings lies where the blocks are: if it is trained, or the head's weight as well.
+
+    Otherwise it stays on the host, where the few rows of a micro-batch are looked up.
+    """
+    return mode.trainable()[0] > 0 or model.tied
+
+
 class StageBuilder:
     """Builds pipeline layers; a process calls only the builders of its own stage.
 
@@ -50,13 +58,9 @@ class StageBuilder:
         return [self._first, *blocks, self._last]
 
     def _first(self) -> nn.Module:
-        self._embedding = self.model.embedding(self._place_of_embedding())
+        device = self.model.device if embedding_on_device(self.model, self.mode) else torch.device("cpu")
+        self._embedding = self.model.embedding(device)
         return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier, self.model.device)
-
-    def _place_of_embedding(self) -> torch.device:
-        """Where the table of token embeddings lies: on the host, unless it is trained or the head's weight as well."""
-        is_trained = self.mode.trainable()[0] > 0
-        return self.model.device if is_trained or self.model.tied else torch.device("cpu")
 
     def _block(self, index: int) -> nn.Module:
         block = self.mode.wrap(self.model.block(index), index)

@@ -19,6 +19,7 @@ from cadapter.config import Config
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
 from cadapter.errors import Stopped
 from cadapter.files import new_directory
+from cadapter.models.layers import DecoderLayer
 from cadapter.terminal import warn
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
 from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world
@@ -28,6 +29,7 @@ from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
+from cadapter.training.recompute import slower
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import settings_of
 from cadapter.training.run_directory import RunDirectory
@@ -119,7 +121,7 @@ class Trainer:
         run, step = self.run, self.position.step + 1
         started = time.monotonic()
         lr = run.config.lr * self._schedule(step)
-        run.pipeline.train(self._micro_batches(step))
+        self._forward_and_backward(step)
         # While the GPU works on that: report the step before, read the sequences of the step after.
         self._flush()
         if step < run.plan.total_steps:
@@ -144,6 +146,28 @@ class Trainer:
         self.position.seconds += seconds
         self._pending = self._send(numbers, report.shape, lr, norm, seconds, tokens)
         return stop, save
+
+    def _forward_and_backward(self, step: int) -> None:
+        """Run the step's micro-batches; where memory runs out and the choice is ours, again with less kept."""
+        run = self.run
+        while True:
+            try:
+                return run.pipeline.train(self._micro_batches(step))
+            except torch.OutOfMemoryError:
+                layers = [layer for layer in run.pipeline.layers() if isinstance(layer, DecoderLayer)]
+                keep = slower(layers[0].keep) if layers else None
+                # Other processes would wait for this one.
+                if keep is None or run.config.activation_checkpointing != "auto" or run.world.size > 1:
+                    raise
+            # Here, since the error holds on to the tensors of where it arose.
+            for layer in layers:
+                layer.keep = keep
+            run.pipeline.forget()
+            run.gradients.clear()
+            run.loss.take_sums()
+            if run.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warn(f"step {step}: GPU memory ran out; going on with activation_checkpointing = {keep!r}.")
 
     def _micro_batches(self, step: int) -> list[PipelineBatch]:
         """The micro-batches of ``step`` that this process's replica reads."""
