@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ class Checkpoint:
         self.directory = directory
         self.config = load_model_config(directory)
         self.bytes_read = 0
+        self.seconds_reading = 0.0
         self._reader: Reader | None = None
         self._info: dict[str, TensorInfo] = {}
         for file in self._shards():
@@ -192,9 +194,15 @@ class Checkpoint:
         Raises:
             UsageError: a name is missing or a shard is damaged.
         """
-        wanted = list(names)
-        if torch.device(device).type == "cuda" and all(self.dtype(name) in _DTYPES for name in wanted):
-            return self.tensors_at_once(wanted, torch.device(device))
+        started = time.monotonic()
+        try:
+            return self._read(list(names), torch.device(device))
+        finally:
+            self.seconds_reading += time.monotonic() - started
+
+    def _read(self, wanted: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        if device.type == "cuda" and all(self.dtype(name) in _DTYPES for name in wanted):
+            return self.tensors_at_once(wanted, device)
         by_file: dict[str, list[str]] = {}
         for name in wanted:
             by_file.setdefault(self.file_of(name), []).append(name)

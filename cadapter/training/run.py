@@ -82,7 +82,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         reporter = None
         if world.is_main:
             reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
-        _prepare_for_speed(plan, world, stack)
+        prepare_for_speed(plan, world, stack)
         signals.from_now_on_save()
         Trainer(run, reporter, signals).train()
     show_peak_memory(world)
@@ -93,7 +93,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
 
 
-def _prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
+def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
     """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
     config, model = plan.config, plan.model
     if model.config._attn_implementation == "sdpa":
