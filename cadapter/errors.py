@@ -19,6 +19,10 @@ class UsageError(CadapterError):
     exit_code = 2
 
 
+class CannotWrite(CadapterError):
+    """The disk refused what had to be written, since it is full, for instance: exit code 1."""
+
+
 class CheckFailed(CadapterError):
     """The work was done and a check that the user asked for did not hold: exit code 1."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,10 +13,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cadapter.errors import UsageError
+from cadapter.errors import CannotWrite, UsageError
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{8}")
 """The names that :func:`_sibling` gives."""
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""How a disk says that it takes no more; what reads never meets these."""
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust (safetensors) tell of the system's errors."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say in plain words where the disk refuses what the block writes at ``target``.
+
+    Raises:
+        CannotWrite: it is full, over a quota or read-only.
+    """
+    try:
+        yield
+    except Exception as error:
+        match = _IN_WORDS.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+        if number not in _REFUSALS:
+            raise
+        raise CannotWrite(f"{target} cannot be written: {os.strerror(number)}.") from error
 
 
 def refuse_existing(output: Path, force: bool) -> None:
@@ -46,6 +68,7 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or its parent cannot be written.
+        CannotWrite: the disk is full.
     """
     output = Path(os.path.abspath(output))
     refuse_existing(output, force)
@@ -55,11 +78,12 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                flush_to_disk(file)
-        replace_directory(temporary, output)
+        with writing(output):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    flush_to_disk(file)
+            replace_directory(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -113,6 +137,7 @@ def new_file(output: Path, force: bool = False) -> Iterator[Path]:
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, is a directory, or its parent cannot be written.
+        CannotWrite: the disk is full.
     """
     output = Path(os.path.abspath(output))
     if output.is_dir():
@@ -120,15 +145,16 @@ def new_file(output: Path, force: bool = False) -> Iterator[Path]:
     refuse_existing(output, force)
     temporary = _sibling(output, "partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        temporary.replace(output)
-        flush_to_disk(output.parent)
+        with writing(output):
+            try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                temporary.touch()
+            except (PermissionError, FileExistsError, NotADirectoryError) as error:
+                raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
+            yield temporary
+            flush_to_disk(temporary)
+            temporary.replace(output)
+            flush_to_disk(output.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 from cadapter.errors import UsageError
-from cadapter.training.distributed import barrier, joined_world, on_main
+from cadapter.training.distributed import barrier, on_main
+from cadapter.training.failures import joined_world
 
 def body(world):
     {body}

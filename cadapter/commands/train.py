@@ -106,7 +106,7 @@ def command(
         raise UsageError("train needs a config.\nGive its path: cadapter train config.toml")
     settings = load_config(source, overrides or ())
     options = LaunchOptions(num_gpus, num_nodes, hostfile, master_addr, master_port, node_rank, no_ssh, launcher)
-    code = relaunched(options, settings.pipeline_stages, sys.argv[1:])
+    code = relaunched(options, settings.pipeline_stages, sys.argv[1:], Path(settings.output_dir))
     if code is not None:
         raise typer.Exit(code)
 

@@ -77,10 +77,9 @@ class ChangedCheckpoint(Checkpoint):
         """As of :class:`Checkpoint`; changed tensors come in float32 or better."""
         found = super().tensors(names, device)
         for name in found.keys() & self._plan.keys():
-            tensor = found[name].to(work_dtype(found[name]))
+            found[name] = found[name].to(work_dtype(found[name]), copy=True)
             for change in self._plan[name]:
-                tensor = change(tensor)
-            found[name] = tensor
+                change.apply_(found[name])
         return found
 
 

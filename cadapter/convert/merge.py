@@ -61,24 +61,24 @@ class _Merger:
     def replacement(self, entry: Entry) -> Tensor:
         """The entry's tensor with its changes, worked out in float32 and rounded once; on the CPU."""
         old = self.base.tensor(entry.name, self.device)
-        exact = old.to(work_dtype(old))
-        new = exact
+        new = old.to(work_dtype(old), copy=True)
         for change in self.plan.get(entry.name, []):
-            new = change(new)
-        stored = new.to(TORCH_DTYPES[self.dtype or entry.dtype])
+            change.apply_(new)
+        stored = new.to(TORCH_DTYPES[self.dtype or entry.dtype], copy=True)  # new is used up below
         if not _fits(new, stored.dtype):
             raise UsageError(
                 f"{self.base.directory}: {entry.name} would hold NaN or infinite values in {stored.dtype}.\n"
                 "The base has them already, or they leave the range of that dtype: choose another with --dtype."
             )
         if entry.name in self.plan:
-            self._count(entry.name, exact, new, stored)
+            self._count(entry.name, old, new, stored)
         return stored.cpu()
 
-    def _count(self, name: str, exact: Tensor, new: Tensor, stored: Tensor) -> None:
-        size = torch.linalg.vector_norm(exact).item()
-        change = torch.linalg.vector_norm(new - exact).item() / size if size else 0.0
-        self.summary.changed += not torch.equal(stored, exact.to(stored.dtype))
+    def _count(self, name: str, old: Tensor, new: Tensor, stored: Tensor) -> None:
+        """Note what changed; ``new`` is used up."""
+        self.summary.changed += not torch.equal(stored, old.to(stored.dtype))
+        size = torch.linalg.vector_norm(old, dtype=new.dtype).item()
+        change = torch.linalg.vector_norm(new.sub_(old)).item() / size if size else 0.0
         self.summary.dtypes.add(str(stored.dtype).removeprefix("torch."))
         if change > self.summary.largest_change:
             self.summary.largest_change, self.summary.largest_name = change, name

@@ -1,6 +1,6 @@
 """What a merge does to which tensor of the base: a list of small changes by tensor name, made before anything is read.
 
-Changes of one tensor are applied in order, in float32 or better, and rounded once at the end.
+Changes of one tensor are applied in order and in place, in float32 or better, and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ from cadapter.models.stored import StoredWeights
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+def add_product_(X: Tensor, B: Tensor, Z: Tensor) -> None:
+    """``X ← X + B·Z`` in place; of a matrix without a temporary of its size."""
+    if X.ndim == 2:
+        X.addmm_(B, Z)
+    else:
+        X.add_(B @ Z)
+
+
 @dataclass(frozen=True)
 class Multiply:
     """``X ← X + B·(A·X) = (I + B·A)·X`` for a weight [H, in], experts' [E, H, in] or a bias [H]; A [r, H], B [H, r]."""
@@ -41,8 +49,9 @@ class Multiply:
     A: Tensor
     B: Tensor
 
-    def __call__(self, X: Tensor) -> Tensor:
-        return X + self.B.to(X) @ (self.A.to(X) @ X)
+    def apply_(self, X: Tensor) -> None:
+        """Change ``X`` in place."""
+        add_product_(X, self.B.to(X), self.A.to(X) @ X)
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,9 @@ class AddProduct:
     B: Tensor
     factor: float
 
-    def __call__(self, X: Tensor) -> Tensor:
-        return X + self.factor * (self.B.to(X) @ self.A.to(X))
+    def apply_(self, X: Tensor) -> None:
+        """Change ``X`` in place."""
+        add_product_(X, self.factor * self.B.to(X), self.A.to(X))
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,9 @@ class AddVector:
     vector: Tensor
     factor: float
 
-    def __call__(self, X: Tensor) -> Tensor:
-        return X + self.factor * self.vector.to(X)
+    def apply_(self, X: Tensor) -> None:
+        """Change ``X`` in place."""
+        X.add_(self.vector.to(X), alpha=self.factor)
 
 
 Change = Multiply | AddProduct | AddVector

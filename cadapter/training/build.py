@@ -60,6 +60,7 @@ class Plan:
 
 def prepare_together(config: Config, world: World) -> PreparedData:
     """Build the data's caches once on each machine that does not see those of rank 0, and open them everywhere."""
+    world.watch.enter("preparing the data", patient=True)
     return prepare_in_turn(lambda: prepare_data(config), world)
 
 
@@ -81,6 +82,7 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
         UsageError: model, data, layers and layout do not go together.
     """
     layout = Layout.of(world.size, config.pipeline_stages, world.rank, config.use_column_major_topology)
+    world.watch.lay_out(layout.stage, layout.stages)
     # A checkpoint of full fine-tuning is the model itself.
     model = load_base(config, world, resume_from if config.full_fine_tune else None)
     mode = mode_of(config, model)
@@ -189,8 +191,9 @@ def build_run(
     averaged_over = config.gradient_accumulation_steps * layout.replicas
     loss = TrainingLoss(settings, averaged_over, world.device, is_compiled, config.compile is True)
     pipeline = Pipeline(
-        builder.builders(), plan.bounds, layout, loss, config.micro_batch_size, config.gradient_accumulation_steps
-    )
+        builder.builders(), plan.bounds, layout, loss, config.micro_batch_size, config.gradient_accumulation_steps,
+        world.watch.moved,
+    )  # fmt: skip
     stored = check_stored(plan.model, layout, world)
     if world.is_main:
         note(f"Decoder blocks in memory: {stored}.")

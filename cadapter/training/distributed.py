@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,31 +13,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cadapter.errors import CadapterError, Stopped, UsageError
+from cadapter.errors import CadapterError, UsageError
 from cadapter.terminal import note
 from cadapter.training.nccl import nccl_settings
+from cadapter.training.watch import Watch, limit_seconds
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others; a node that builds a cache alone makes the others wait."""
-
-FAILED, HEARD = "cadapter/failed", "cadapter/heard"
-"""Keys of the store: the rank that tells of a failure with the exit code, and how many ranks know of it."""
+TIMEOUT = timedelta(hours=25)
+"""How long a collective waits. A job in which nothing moves ends before, and says where it stands: see ``watch``."""
 BUCKET_NUMBERS = 1 << 26
 """How many numbers of gradients are added up at once: 256 MiB in float32."""
-
-HEAD_START, PATIENCE = timedelta(seconds=2), timedelta(seconds=5)
-"""How long other ranks let rank 0 tell of what all of them met, and how long rank 0 waits for them at the end."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this run and this process among them; the ``store`` is what they find each other through."""
+    """The processes of this run and this process among them.
+
+    Attributes:
+        store: through which they find each other.
+        watch: where this process is, and where the others are.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     store: dist.Store
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +53,7 @@ def join_world() -> World:
 
     Raises:
         UsageError: the environment describes a job incompletely, or there are fewer GPUs than local processes.
+        CadapterError: the others do not come.
     """
     rank, size, local_rank = (
         _number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -86,10 +84,18 @@ def join_world() -> World:
     # Told its device, NCCL does not guess it from the rank, which is wrong on some clusters.
     backend, device_id = ("nccl", device) if cuda else ("gloo", None)
     store: dist.Store = dist.HashStore()
+    limit = limit_seconds()
     if size > 1:
-        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=limit)))
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+            raise CadapterError(
+                f"Rank {rank} of {size}, start-up: the processes did not all meet at {where} within "
+                f"{limit / 60:g} minutes.\n{str(error).splitlines()[0]}"
+            ) from error
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
-    return World(rank, size, local_rank, device, store)
+    return World(rank, size, local_rank, device, store, Watch(rank, size, store, limit))
 
 
 def _number(name: str, default: int) -> int:
@@ -104,54 +110,6 @@ def leave_world() -> None:
     """Leave the job, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def joined_world() -> Iterator[World]:
-    """Be part of the job for as long as the block runs.
-
-    When processes fail, together or because one of them did, one of them tells: it raises its error. The others end
-    with :class:`SystemExit` and the same exit code, and print nothing.
-    """
-    world = join_world()
-    try:
-        yield world
-    except BaseException as error:
-        if world.size == 1:
-            raise
-        code = _another_tells(error, world)
-        if code is not None:
-            raise SystemExit(code) from None
-        if not isinstance(error, Stopped):
-            print(f"From rank {world.rank} of {world.size}:", file=sys.stderr, flush=True)
-        raise
-    finally:
-        leave_world()
-
-
-def _another_tells(error: BaseException, world: World) -> int | None:
-    """Return None if this process is the one to tell of ``error``, else the exit code of the one that does."""
-    interrupted = 130 if isinstance(error, KeyboardInterrupt) else 1
-    own_code = error.exit_code if isinstance(error, CadapterError) else interrupted
-    claim = f"{world.rank} {own_code}"
-    try:
-        if not world.is_main:
-            with contextlib.suppress(dist.DistStoreError):
-                world.store.wait([FAILED], HEAD_START)
-        first = world.store.compare_set(FAILED, "", claim).decode()
-        leave_world()  # those who wait for this process go on, and fail
-        heard = world.store.add(HEARD, 1)
-        deadline = time.monotonic() + PATIENCE.total_seconds()
-        # Rank 0 often holds the store, which the others still have to ask.
-        while world.is_main and heard < world.size and time.monotonic() < deadline:
-            time.sleep(0.05)
-            heard = world.store.add(HEARD, 0)
-    except RuntimeError:
-        # The store is gone, and rank 0 with it. It has told, and its exit code is the one to be seen first.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(HEAD_START.total_seconds())
-        return own_code
-    return None if first == claim else int(first.split()[1])
 
 
 def sum_over_world(values: Tensor) -> Tensor:
@@ -274,14 +232,18 @@ def stream_to_main(
     if world.rank in sources and not world.is_main:
         for part in own:
             _send(safetensors.torch.save(_on_cpu(part)), world)
+            world.watch.moved()
         _send(b"", world)
 
     def work() -> None:
         received = {source: _received(source, world) for source in sources if source != 0}
-        parts = (
-            part
-            for source in sources
-            for part in (map(_on_cpu, own) if source == 0 else map(safetensors.torch.load, received[source]))
+        parts = _noticed(
+            world,
+            (
+                part
+                for source in sources
+                for part in (map(_on_cpu, own) if source == 0 else map(safetensors.torch.load, received[source]))
+            ),
         )
         try:
             write(parts)
@@ -291,6 +253,13 @@ def stream_to_main(
                     pass
 
     on_main(work, world)
+
+
+def _noticed(world: World, parts: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """``parts``, each of which is a sign that the work moves on."""
+    for part in parts:
+        world.watch.moved()
+        yield part
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

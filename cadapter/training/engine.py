@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -43,19 +44,28 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 OLDEST_DEEPSPEED = (0, 19, 3)
 """Before 0.19.3 gradients under accumulation are scaled differently, by version and stage (DeepSpeed #7773, #8152)."""
+TRIED_DEEPSPEED = (0, 19)
+"""What the work-arounds here were written for; a later one may have changed what they rest on."""
 
 PipelineBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """What the first stage reads (inputs of the embedding layer) and what the last one does (targets of the loss)."""
 
 
-def check_deepspeed() -> None:
-    """Raise :class:`CadapterError` if the installed DeepSpeed is known to scale gradients wrongly."""
-    numbers = deepspeed.__version__.split("+")[0].split(".")[:3]
-    if tuple(int(number) for number in numbers) < OLDEST_DEEPSPEED:
+def check_deepspeed() -> str:
+    """Return what the user should know of the installed DeepSpeed, if anything.
+
+    Raises:
+        CadapterError: it is known to scale gradients wrongly.
+    """
+    found = tuple(int(number) for number in re.findall(r"\d+", deepspeed.__version__)[:3])
+    if found < OLDEST_DEEPSPEED:
         raise CadapterError(
             f"DeepSpeed {deepspeed.__version__} scales gradients wrongly under accumulation.\n"
-            "Install deepspeed>=0.19.3."
+            "Install deepspeed>=0.19.3,<0.20."
         )
+    if found[:2] > TRIED_DEEPSPEED:
+        return f"DeepSpeed {deepspeed.__version__} was not tried with this cadapter, which knows it up to 0.19."
+    return ""
 
 
 class _NoOptimizer(torch.optim.Optimizer):
@@ -68,10 +78,10 @@ class _NoOptimizer(torch.optim.Optimizer):
 
 
 class _Stage(PipelineModule):
-    """The layers of this process's stage, cut where our own partition says."""
+    """The layers of this process's stage, cut where our own partition says; ``moved`` hears of each piece of work."""
 
-    def __init__(self, bounds: Sequence[int], **arguments: Any) -> None:
-        self._bounds = list(bounds)
+    def __init__(self, bounds: Sequence[int], moved: Callable[[], None], **arguments: Any) -> None:
+        self._bounds, self._moved = list(bounds), moved
         super().__init__(**arguments)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -83,8 +93,10 @@ class _Stage(PipelineModule):
             layer = self._layer_specs[index]()
             self.forward_funcs.append(layer)
             self.add_module(str(index), layer)
+            self._moved()
 
     def forward(self, forward_input: Any) -> Any:
+        self._moved()
         outputs = super().forward(forward_input)
         if torch.is_grad_enabled() and type(outputs) is tuple:
             # The next stage sends gradients for whatever floats it was given, also when nothing of this stage
@@ -152,6 +164,7 @@ class Pipeline:
         layout: stages × replicas.
         loss: ``loss(outputs of the last layer, targets)``, called on the last stage for every micro-batch.
         micro_batch_size, accumulation: sequences per forward, forwards per step.
+        moved: called for each layer that is built and each micro-batch that comes to this stage.
     """
 
     def __init__(
@@ -162,8 +175,8 @@ class Pipeline:
         loss: Callable[[Any, tuple[Tensor, ...]], Tensor],
         micro_batch_size: int,
         accumulation: int,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
-        check_deepspeed()
         axes = ("data", "pipe") if layout.column_major else ("pipe", "data")
         sizes = {"data": layout.replicas, "pipe": layout.stages}
         with _quiet():
@@ -171,6 +184,7 @@ class Pipeline:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             self.module = _Stage(
                 bounds,
+                moved,
                 layers=layers,
                 topology=ProcessTopology(axes=list(axes), dims=[sizes[axis] for axis in axes]),
                 loss_fn=loss,

@@ -18,9 +18,11 @@ from cadapter.config import Config
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
 from cadapter.errors import UsageError
 from cadapter.models.layers import CarrierFormat
+from cadapter.terminal import warn
 from cadapter.training.build import prepare_together
-from cadapter.training.distributed import World, joined_world, sum_over_world
-from cadapter.training.engine import Pipeline, PipelineBatch
+from cadapter.training.distributed import World, sum_over_world
+from cadapter.training.engine import Pipeline, PipelineBatch, check_deepspeed
+from cadapter.training.failures import joined_world
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import ComparisonLoss
 from cadapter.training.recompute import Recompute
@@ -62,6 +64,9 @@ def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
 
 
 def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation | None:
+    remark = check_deepspeed()
+    if remark and world.is_main:
+        warn(remark)
     subject = subject_of(config, options.adapter, options.strengths, world)
     found = _documents(config, options, world)
     documents = [document for document in found if _scored_tokens(document)]
@@ -71,11 +76,14 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     # On one process the whole model is one stage, however the run was laid out.
     stages = 1 if world.size == 1 else config.pipeline_stages
     layout = Layout.of(world.size, stages, world.rank, config.use_column_major_topology)
+    world.watch.lay_out(layout.stage, layout.stages)
+    world.watch.enter("loading the model")
     loss = ComparisonLoss()
     builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0))
     bounds = stage_bounds("estimated_size", layout.stages, subject.model.layer_bytes(), subject.mode.trainable())
-    pipeline = Pipeline(builder.builders(), bounds, layout, loss, len(strengths), 1)
+    pipeline = Pipeline(builder.builders(), bounds, layout, loss, len(strengths), 1, world.watch.moved)
     subject.install(pipeline.layers())
+    world.watch.enter("evaluation")
     for length, group in _by_length(documents, config.sequence_len).items():
         shares = _share(group, layout)
         pipeline.evaluate(_micro_batches(documents, shares, length, len(strengths)), len(shares))

@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cadapter.errors import CadapterError
+from cadapter.training.error_file import ErrorFile
 from cadapter.training.signals import REQUESTS
 
 JOB = "CADAPTER_JOB"
@@ -38,15 +41,25 @@ def _workers(job: str) -> Iterator[Any]:
 
 
 def signal_workers(job: str, number: int) -> int:
-    """Send signal ``number`` to the workers of ``job`` on this machine; return how many there were."""
+    """Send signal ``number`` to the workers of ``job`` on this machine; return how many there were.
+
+    An interrupt finds a Python that is still starting unprepared; it is ended as by SIGTERM, without a traceback.
+    """
     import psutil
 
     told = 0
     for worker in _workers(job):
-        with contextlib.suppress(psutil.Error):
-            worker.send_signal(number)
+        with contextlib.suppress(psutil.Error, OSError):
+            unprepared = number == signal.SIGINT and not _listens(worker.pid)
+            worker.send_signal(signal.SIGTERM if unprepared else number)
             told += 1
     return told
+
+
+def _listens(process: int) -> bool:
+    """Whether a worker has come so far that it handles requests: until then it ignores SIGUSR1."""
+    (caught,) = re.findall(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def end_with_parent() -> Callable[[], None]:
@@ -55,11 +68,14 @@ def end_with_parent() -> Callable[[], None]:
     return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def run_job(command: Sequence[str], environment: Mapping[str, str], tell: Callable[[int], bool]) -> int:
+def run_job(
+    command: Sequence[str], environment: Mapping[str, str], tell: Callable[[int], bool], errors: ErrorFile
+) -> int:
     """Run a launcher's ``command`` and return the exit code of the processes that work.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to them by ``tell(number)``, which says whether there are any. When they
     have saved and stopped for a signal, the exit code is 128 + signal. Nothing of the job is left on this machine.
+    ``errors`` shows whether one of them has told of what ended the job.
 
     Raises:
         CadapterError: a process was killed and could not say so itself.
@@ -85,9 +101,13 @@ def run_job(command: Sequence[str], environment: Mapping[str, str], tell: Callab
     if code and received:
         return 128 + received[-1]
     killed_by = -code if code < 0 else 256 - code if code > SMALLEST_NEGATIVE_CODE else 0
+    if killed_by and errors.is_new():
+        return 1
     if killed_by:
         hint = "\nPerhaps the machine ran out of memory." if killed_by == signal.SIGKILL else ""
-        raise CadapterError(f"A process was killed by signal {killed_by} ({signal.strsignal(killed_by)}).{hint}")
+        reason = f"A process was killed by signal {killed_by} ({signal.strsignal(killed_by)}).{hint}"
+        errors.write(f"error: {reason}")
+        raise CadapterError(reason)
     return code
 
 

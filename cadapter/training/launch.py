@@ -25,6 +25,7 @@ from cadapter.config import check_layout
 from cadapter.errors import UsageError
 from cadapter.terminal import note
 from cadapter.training import nodes, over_ssh
+from cadapter.training.error_file import ErrorFile
 from cadapter.training.job import JOB, end_with_parent, run_job, signal_workers
 from cadapter.training.nodes import DEFAULT_PORT, Node
 from cadapter.training.tasks import Task, task_of
@@ -219,14 +220,15 @@ def _with_accelerator(environ: Mapping[str, str]) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cuda" if visible_gpus() else "cpu", **environ}
 
 
-def run_part(part: Part, arguments: Sequence[str]) -> int:
+def run_part(part: Part, arguments: Sequence[str], errors: ErrorFile) -> int:
     """Run this machine's part of ``cadapter ARGUMENTS`` and return the exit code, as :func:`run_job`."""
     job = uuid.uuid4().hex
     environment = _with_accelerator({**os.environ, JOB: job})
-    return run_job(launch_command(part, arguments), environment, lambda number: bool(signal_workers(job, number)))
+    command = launch_command(part, arguments)
+    return run_job(command, environment, lambda number: bool(signal_workers(job, number)), errors)
 
 
-def run_over_ssh(machines: Sequence[Node], options: LaunchOptions, arguments: Sequence[str]) -> int:
+def run_over_ssh(machines: Sequence[Node], options: LaunchOptions, arguments: Sequence[str], errors: ErrorFile) -> int:
     """Run ``cadapter ARGUMENTS`` on ``machines``, reached through ssh, and return the exit code, as :func:`run_job`."""
     gpus = over_ssh.chosen_gpus(machines, os.environ)
     over_ssh.check_machines(machines, options.launcher)
@@ -247,19 +249,24 @@ def run_over_ssh(machines: Sequence[Node], options: LaunchOptions, arguments: Se
         address, port = options.master_addr, options.master_port
         command = over_ssh.runner_command(Path(folder), machines, gpus, address, port, arguments)
         environment = {**over_ssh.without_secrets(os.environ), "DS_ENV_FILE": str(exports)}
-        return run_job(command, _with_accelerator(environment), tell)
+        return run_job(command, _with_accelerator(environment), tell, errors)
 
 
-def relaunched(options: LaunchOptions, stages: int, arguments: Sequence[str]) -> int | None:
+def relaunched(
+    options: LaunchOptions, stages: int, arguments: Sequence[str], directory: Path | None = None
+) -> int | None:
     """Start ``cadapter ARGUMENTS`` in several processes if that is called for, and return their exit code.
 
     None says that this process does the work itself: it belongs to a job already, or one process is enough.
+    ``directory`` is the run's, which keeps the error that ends it.
 
     Raises:
         UsageError: the processes cannot be laid out in ``stages`` stages, or options do not go together.
     """
     # Until a trainer listens, a request to save kills nobody; the processes started here inherit that.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Read when torch is imported: that a connection to a rank is lost is said by us, in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if inside_a_job():
         if JOB in os.environ:  # the parent is the launcher, which may be killed together with the command
             end_with_parent()()
@@ -269,17 +276,18 @@ def relaunched(options: LaunchOptions, stages: int, arguments: Sequence[str]) ->
         join_task(task, options)
         return None
     check_numbers(options)
+    errors = ErrorFile(directory)
     if options.several_nodes:
         machines = nodes_of(options)
         check_layout(stages, sum(node.slots for node in machines))
         if len(machines) > 1 and options.node_rank is None and not options.no_ssh:
-            return run_over_ssh(machines, options, arguments)
+            return run_over_ssh(machines, options, arguments, errors)
         part = part_of(machines, options)
         note(part.in_words())
-        return run_part(part, arguments)
+        return run_part(part, arguments, errors)
     processes = processes_to_start(options)
     if processes == 1:
         return None
     check_layout(stages, processes)
     address, port = options.master_addr or "127.0.0.1", options.master_port or _free_port()
-    return run_part(Part({"localhost": _devices(processes)}, 0, address, port), arguments)
+    return run_part(Part({"localhost": _devices(processes)}, 0, address, port), arguments, errors)

@@ -25,9 +25,9 @@ SECONDS_TO_TELL = 30
 """How long a signal may take to another machine."""
 
 TRAVELLING = (
-    "ACCELERATE_", "BNB_", "CUDA_", "DS_", "GLOO_", "HF_", "HUGGINGFACE_", "LD_LIBRARY_PATH", "MKL_", "MLFLOW", "MV2",
-    "NCCL_", "OMP_", "PYTHON", "PYTORCH_", "SAFETENSORS_", "TMPDIR", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_",
-    "UCX", "XDG_CACHE_HOME",
+    "ACCELERATE_", "BNB_", "CADAPTER_TIMEOUT", "CUDA_", "DS_", "GLOO_", "HF_", "HUGGINGFACE_", "LD_LIBRARY_PATH",
+    "MKL_", "MLFLOW", "MV2", "NCCL_", "OMP_", "PYTHON", "PYTORCH_", "SAFETENSORS_", "TMPDIR", "TOKENIZERS_", "TORCH",
+    "TRANSFORMERS_", "TRITON_", "UCX", "XDG_CACHE_HOME",
 )  # fmt: skip
 """What the names of variables begin with that a run depends on."""
 _SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|_KEY(_|$)", re.IGNORECASE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -73,8 +74,10 @@ class Reporter:
         self._last_plain = -math.inf
         self._console = console()
         self._live: Any = None
+        self._told_by_threads = threading.excepthook
 
     def __enter__(self) -> Reporter:
+        threading.excepthook = self._thread_failed
         if self._console.is_terminal and not is_quiet():
             from rich.live import Live
 
@@ -88,8 +91,16 @@ class Reporter:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
             self._live = None
-        self._metrics.close()
-        self._board.close()
+        try:
+            self._metrics.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._told_by_threads
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread: what the disk refuses there is raised here by the next call, not twice."""
+        if not isinstance(failure.exc_value, OSError):
+            self._told_by_threads(failure)
 
     def say(self, text: str) -> None:
         """Print a line that stays, unless ``--quiet`` is given."""

@@ -15,9 +15,12 @@ from cadapter.models.attention import time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
-from cadapter.training.distributed import World, from_main, joined_world, on_main, sum_over_world
+from cadapter.training.distributed import World, from_main, on_main, sum_over_world
+from cadapter.training.engine import check_deepspeed
+from cadapter.training.failures import joined_world
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import compare_settings, given_keys, settings_of
+from cadapter.training.room import check_room, naming_what_is_kept, room_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
 from cadapter.training.state import load_checkpoint
@@ -44,16 +47,17 @@ def train(config: Config, source: Path, options: TrainOptions) -> None:
         Stopped: a signal asked for it; a checkpoint was written.
     """
     directory = RunDirectory(Path(config.output_dir))
-    with joined_world() as world, contextlib.closing(directory):
+    with joined_world(directory.path) as world, contextlib.closing(directory):
         _train(config, source, options, directory, world)
 
 
 def _train(config: Config, source: Path, options: TrainOptions, directory: RunDirectory, world: World) -> None:
     signals = StopSignals()
+    remark = check_deepspeed()
     config_text = source.read_text("utf-8")
     resume_from = _checkpoint_to_resume(directory, options, world)
     if world.is_main:
-        for text in config_warnings(config):
+        for text in (*config_warnings(config), *filter(None, [remark])):
             warn(text)
     given = given_keys(options.overrides)
     if resume_from is not None:
@@ -61,17 +65,22 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     plan = plan_run(config, world, resume_from)
     if world.is_main:
         show_plan(plan)
+    on_main(lambda: check_room(room_of(plan), directory), world)
     if options.dry_run:
         if world.is_main:
             note("Everything checked, nothing trained. Leave out --dry-run to train.")
         return
     if options.resume and world.is_main:
         note(f"Resuming from {resume_from}." if resume_from else "No checkpoint to resume from: starting afresh.")
+    world.watch.enter("loading the model")
     started = time.monotonic()
     run = build_run(plan, world, directory, resume_from, given)
     if world.is_main:
-        read = plan.model.checkpoint.bytes_read / GIB
-        note(f"Loaded this stage's layers in {time.monotonic() - started:.1f} s ({read:.2f} GiB read).")
+        read = plan.model.checkpoint
+        note(
+            f"Loaded this stage's layers in {time.monotonic() - started:.1f} s "
+            f"({read.bytes_read / GIB:.2f} GiB read in {read.seconds_reading:.1f} s)."
+        )
 
     def start() -> None:
         directory.start(fresh=resume_from is None)
@@ -79,6 +88,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
 
     on_main(start, world)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_what_is_kept(directory))
         reporter = None
         if world.is_main:
             reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from cadapter.errors import UsageError
 from cadapter.files import tidy
+from cadapter.training.error_file import ERROR_FILE
 from cadapter.training.state import newest_checkpoint
 
-PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best")
+PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best", ERROR_FILE)
 
 
 class RunDirectory:
@@ -101,12 +102,10 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            trial = self.path / ".write-trial"
-            trial.write_bytes(b"")
-            trial.unlink()
         except OSError as error:
             raise UsageError(f"output_dir = {self.path} cannot be written: {error.strerror}.") from error
         self.claim()
+        (self.path / ERROR_FILE).unlink(missing_ok=True)
         if fresh:
             self.tidy_up()
             for part in self.parts():

@@ -120,6 +120,7 @@ class Trainer:
         """Take one optimiser step; return the signal that asks to stop (0: none) and whether to save a checkpoint."""
         run, step = self.run, self.position.step + 1
         started = time.monotonic()
+        run.world.watch.enter(f"step {step}")
         lr = run.config.lr * self._schedule(step)
         self._forward_and_backward(step)
         # While the GPU works on that: report the step before, read the sequences of the step after.
@@ -281,6 +282,7 @@ class Trainer:
         if run.evaluation is None or step not in self._evaluations or self.position.evaluated >= step:
             return
         self._flush()
+        run.world.watch.enter(f"evaluation after step {step}")
         run.loss.take_sums()
         count = len(run.evaluation) * run.evaluation_accumulation
         run.pipeline.evaluate(evaluation_micro_batches(run.evaluation, run.loss.settings), count)
@@ -300,6 +302,7 @@ class Trainer:
     def _save_adapter(self, target: Path) -> None:
         """Write what is trained, of all stages, as directory ``target``, replacing an earlier one whole."""
         run = self.run
+        run.world.watch.enter(f"writing {target.name}")
 
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
             with new_directory(target, force=True) as temporary:
@@ -315,6 +318,7 @@ class Trainer:
         if self._checkpointed_step == self.position.step:
             return
         self._flush()
+        run.world.watch.enter(f"writing the checkpoint of step {self.position.step}")
         own = run.trained.parameters().keys() - run.trained.copies
         moments = tagged(run.optimiser.state(own))
 

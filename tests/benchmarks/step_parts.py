@@ -145,7 +145,7 @@ def run(directory: Path, options: argparse.Namespace) -> None:
     from cadapter.models.layers import DecoderLayer
     from cadapter.models.loss import score_products
     from cadapter.training.build import build_run, plan_run
-    from cadapter.training.distributed import joined_world
+    from cadapter.training.failures import joined_world
     from cadapter.training.run import prepare_for_speed
     from cadapter.training.run_directory import RunDirectory
     from cadapter.training.signals import StopSignals

@@ -85,7 +85,7 @@ def test_an_error_of_two_processes_is_told_once(
     before = listing(own_project.root)
     children = {process.pid for process in psutil.Process().children(recursive=True)}
     done = run("train", config, "--num-gpus", 2)
-    assert_refused(own_project, done, before, "From rank 0 of 2:", *words)
+    assert_refused(own_project, done, before, "From rank 0 of 2 (stage 0 of 2), ", *words)
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) <= 4, done.stderr
     time.sleep(0.2)

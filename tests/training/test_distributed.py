@@ -39,9 +39,24 @@ def test_one_process_tells(body: str, rank: int) -> None:
     codes, said, seconds = run_processes(body)
     assert said.count("spoilt") == 1, said  # Python's own traceback of the one that tells
     assert said.count("Traceback") == 1, said
-    assert f"From rank {rank} of 2:" in said
+    assert f"From rank {rank} of 2, start-up:" in said
     assert codes == [1, 1]
     assert seconds < 60  # and not the half hour that a collective waits
+
+
+LISTENS = "from cadapter.training.signals import StopSignals; StopSignals(); import os, signal, threading, time"
+
+
+@pytest.mark.processes
+def test_who_tells_is_not_stopped_by_a_launcher_that_ends_the_others() -> None:
+    """A launcher sends SIGTERM to all as soon as one has ended, while rank 0 still waits for the last to hear of it."""
+    stop = "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()"
+    body = f"{LISTENS}; {stop} if world.is_main else time.sleep(3); raise ValueError('spoilt')"
+    codes, said, _ = run_processes(body)
+    assert codes == [1, 1], said
+    assert said.count("spoilt") == 1, said
+    assert "From rank 0 of 2" in said
+    assert "Stopped" not in said
 
 
 @pytest.mark.processes
@@ -170,7 +185,7 @@ def fail_to_write(world: World) -> None:
 def test_a_source_that_fails_between_its_parts_ends_the_job() -> None:
     codes, said, seconds = run_processes(f"{HERE} fail_to_send; fail_to_send(world)")
     assert said.count("OSError: no space left") == said.count("Traceback") == 1, said
-    assert "From rank 1 of 2:" in said
+    assert "From rank 1 of 2, start-up:" in said
     assert codes == [1, 1]
     assert seconds < 60
 

@@ -87,7 +87,7 @@ def test_one_machine_uses_the_visible_gpus(
 ) -> None:
     gpus(count, visible)
     started: list[Part] = []
-    monkeypatch.setattr(launch, "run_part", lambda part, arguments: started.append(part) or len(arguments))
+    monkeypatch.setattr(launch, "run_part", lambda part, arguments, errors: started.append(part) or len(arguments))
     assert relaunched(LaunchOptions(num_gpus=processes), 1, ["train", "config.toml"]) == 2
     (part,) = started
     assert part.devices == {"localhost": devices}
@@ -97,7 +97,7 @@ def test_one_machine_uses_the_visible_gpus(
 
 def test_two_runs_on_one_machine_get_their_own_ports(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(0)
-    monkeypatch.setattr(launch, "run_part", lambda part, arguments: part.port)
+    monkeypatch.setattr(launch, "run_part", lambda part, arguments, errors: part.port)
     assert len({relaunched(LaunchOptions(num_gpus=2), 1, []) for _ in range(4)}) > 1
     assert relaunched(LaunchOptions(num_gpus=2, master_port=29501), 1, []) == 29501
 
@@ -243,7 +243,7 @@ def test_a_task_of_srun_is_told_what_it_cannot_do(monkeypatch: pytest.MonkeyPatc
 def test_one_task_of_srun_on_each_machine_starts_its_part(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(0)
     set_all(monkeypatch, srun_variables(1, 2, 7))
-    monkeypatch.setattr(launch, "run_part", lambda part, arguments: part.number)
+    monkeypatch.setattr(launch, "run_part", lambda part, arguments, errors: part.number)
     assert relaunched(ON_NODE_B, 2, []) == 1
 
 

@@ -116,6 +116,44 @@ def test_the_same_on_two_stages_under_the_launcher(project: Project) -> None:
     assert_equal_runs(project.root / "straight-2", stopped_and_resumed(project, 2, signal.SIGTERM, 143))
 
 
+@pytest.fixture(scope="session")
+def half_on_two_stages(project: Project) -> Path:
+    """The first 10 steps, on two stages."""
+    config = project.write_config("half-2x1", **{**KEYS, "max_steps": 10}, pipeline_stages=2)
+    run_well("train", config, "--num-gpus", 2)
+    return project.root / "half-2x1"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("stages", "replicas"),
+    [(1, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)],
+)
+def test_a_checkpoint_goes_on_in_any_layout(
+    project: Project, straight: Path, half_on_two_stages: Path, tmp_path: Path, stages: int, replicas: int
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(half_on_two_stages, directory)
+    keys = {**KEYS, "pipeline_stages": stages, "gradient_accumulation_steps": 8 // replicas}
+    config = project.write_config(f"on-{stages}x{replicas}", **keys, output_dir=str(directory))
+    done = run_well("train", config, "--num-gpus", stages * replicas, "--resume-from-checkpoint")
+    assert f"replicas: {stages} × {replicas}" in done.stdout
+    if stages != 2:
+        assert f"Changed since the checkpoint: pipeline_stages: 2 in the checkpoint, {stages} now." in done.stdout
+    assert [line["step"] for line in metrics(directory)] == list(range(1, 21))
+    for one, other in zip(metrics(directory), metrics(straight), strict=True):
+        first, second = (
+            {name: value for name, value in line.items() if "loss" in name or name == "train/grad_norm"}
+            for line in (one, other)
+        )
+        assert len(first) > 2
+        # Sums of some 500 float32 terms, added in different orders and on different processes.
+        assert first == pytest.approx(second, rel=1e-5, abs=1e-5), one["step"]
+    last = [metrics(each, "eval")[-1] for each in (directory, straight)]
+    assert last[0]["step"] == last[1]["step"] == 20
+    assert last[0]["eval/loss"] == pytest.approx(last[1]["eval/loss"], rel=1e-5)
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_a_request_to_save_stops_nothing(project: Project, processes: int) -> None:

@@ -131,6 +131,29 @@ def test_the_files_of_a_run(project: Project, finished: Path) -> None:
         assert read_control_adapter(finished / part).rank == 4
 
 
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_checkpoint_is_taken_as_it_is_by_all_that_take_adapters(
+    project: Project, finished: Path, tmp_path: Path
+) -> None:
+    """What they make of the last checkpoint is, bit for bit, what they make of final/."""
+    checkpoint, _ = newest_checkpoint(finished / "checkpoints")
+    base = project.root / "model"
+    norms = [run_well("inspect-norms", adapter).stdout for adapter in (checkpoint, finished / "final")]
+    assert norms[0] == norms[1].replace(str(finished / "final"), str(checkpoint))
+    commands = {"to-mult-lora": [], "to-add-lora": [base], "merge": [base]}
+    for name, first in commands.items():
+        made = []
+        for kind, adapter in (("checkpoint", checkpoint), ("final", finished / "final")):
+            output = tmp_path / f"{name}-{kind}"
+            run_well(name, *first, adapter, output)
+            files = sorted(output.glob("*.safetensors"))
+            made.append({key: tensor for file in files for key, tensor in load_file(file).items()})
+        assert made[0]
+        assert made[0].keys() == made[1].keys()
+        assert all(torch.equal(tensor, made[1][key]) for key, tensor in made[0].items())
+
+
 def test_a_directory_that_holds_a_run_is_not_touched(project: Project, finished: Path) -> None:
     before = listing(project.root)
     done = run("train", project.root / "finished.toml")
