@@ -4,10 +4,9 @@ A linear layer y = W·x becomes
 
     y = W·x + s·B·(A·(m ∘ x)),    s = alpha / r
 
-with A [r, in], B [out, r] and dropout's mask m (1 outside of training). What is computed is what PEFT's layers compute,
-and PEFT's own layers are used for experts. Products with A and B take their inputs in the dtype of x, as W·x does. Where
-factors start (A Kaiming-uniform, B zero) and what is dropped are functions of the run's seed and of names, not of the
-layout.
+with A [r, in], B [out, r] and dropout's mask m (1 outside of training). It is what PEFT's layers compute, and PEFT's own
+layers are used for experts. Products with A and B take their inputs in the dtype of x, as W·x does. Where factors start
+(A Kaiming-uniform, B zero) and what is dropped are functions of the run's seed and of names, not of the layout.
 """
 
 from __future__ import annotations
@@ -115,13 +114,13 @@ class LoraLinear(nn.Module):
     """A linear layer with a pair of factors beside it.
 
     Args:
-        base_layer: the linear layer, frozen; its weight may be in 4 bits.
+        base_layer: a linear layer, frozen; its weight may be in 4 bits.
         settings: rank, scale, dtype of the factors.
         first: A's initial value, [r, in].
         dropout: of what A reads; None: none.
     """
 
-    def __init__(self, base_layer: nn.Module, settings: LoraSettings, first: Tensor, dropout: nn.Module | None) -> None:
+    def __init__(self, base_layer: nn.Linear, settings: LoraSettings, first: Tensor, dropout: nn.Module | None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.scale = settings.scale

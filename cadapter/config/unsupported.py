@@ -21,6 +21,7 @@ class _Row:
 
 _CONFIG_ROWS = (
     _Row("document_attention", lambda table: table.document_attention == "isolated", 'use "packed"'),
+    _Row("attn_implementation", lambda table: table.attn_implementation == "flex_attention", 'use "auto" or "sdpa"'),
     _Row("trust_remote_code", lambda table: table.trust_remote_code is True),
 )
 

@@ -134,7 +134,7 @@ class BlockRunner:
                     return self._compiled(SHARES[keep], block, hidden, *args)
             if keep == "none":
                 return self._function(block, hidden, *args)
-            chosen = {}
+            chosen: dict[str, Any] = {}
             if keep == "selective":
                 policy = partial(_keeps, hidden.shape[-1])
                 chosen["context_fn"] = partial(create_selective_checkpoint_contexts, policy)

@@ -101,12 +101,12 @@ class FourBitLinear(nn.Linear):
         double: hold scales in 8 bits.
     """
 
-    def __init__(self, source: nn.Module, double: bool) -> None:
+    def __init__(self, source: nn.Linear, double: bool) -> None:
         import bitsandbytes
 
         weight = source.weight
         super().__init__(source.in_features, source.out_features, bias=False, device="meta")
-        self.weight = bitsandbytes.nn.Params4bit(
+        quantised: Any = bitsandbytes.nn.Params4bit(
             weight.data,
             requires_grad=False,
             blocksize=BLOCK_SIZE,
@@ -114,10 +114,11 @@ class FourBitLinear(nn.Linear):
             quant_type=QUANT_TYPE,
             module=self,
         ).to(weight.device)  # quantises
+        self.weight = quantised
         self.bias = source.bias
         # Plain tensors, the same memory: what compiled code takes as its inputs.
-        self._packed = self.weight.data.as_subclass(Tensor)
-        self._constants = constants_of(self.weight.quant_state)
+        self._packed = quantised.data.as_subclass(Tensor)
+        self._constants = constants_of(quantised.quant_state)
         self.train(source.training)
 
     def forward(self, inputs: Tensor) -> Tensor:

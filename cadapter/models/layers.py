@@ -112,8 +112,8 @@ class EmbeddingLayer(nn.Module):
         if self.scale != 1.0:
             hidden = hidden * self.scale
         penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
-        rows = to_device(rows, self.device) if self.carrier.dropout else None
-        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, rows))
+        kept_rows = to_device(rows, self.device) if self.carrier.dropout else None
+        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, kept_rows))
 
 
 def run_block(

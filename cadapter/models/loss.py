@@ -109,9 +109,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             products = hidden[rows] @ weight.T
             nll[rows], correct[rows], slope = score(products, labels[rows], token_weights[rows], facts, is_recorded)
             del products
-            if hidden_gradient is not None:
+            if slope is not None and hidden_gradient is not None:
                 hidden_gradient[rows] = slope @ weight
-            if weight_gradient is not None:
+            if slope is not None and weight_gradient is not None:
                 weight_gradient += slope.T @ hidden[rows]
         ctx.gradients = ((hidden_gradient, hidden.dtype), (weight_gradient, weight.dtype))
         ctx.mark_non_differentiable(nll, correct)

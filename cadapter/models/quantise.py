@@ -1,12 +1,10 @@
 """Decoder blocks in 4 bits: bitsandbytes' nf4, tensor by tensor on the device where the block stays.
 
-Every linear layer of a block becomes bitsandbytes' ``Linear4bit``, as in transformers' own ``load_in_4bit``. Experts
-that transformers fuses into one parameter [experts, out, in], which that leaves alone, are held in 4 bits as well.
-Norms stay as they are, and so do layers that give scores: routers, gates of shared experts.
+Every linear layer of a block is held in 4 bits, in the same bits as by transformers' own ``load_in_4bit``. Experts that
+transformers fuses into one parameter [experts, out, in], which that leaves alone, are held in 4 bits as well. Norms
+stay as they are, and so do layers that give scores: routers, gates of shared experts.
 
-What bitsandbytes 0.50 is not told here it gets wrong, so two things are: rows whose length is no multiple of 64 are
-refused on the CPU, where it reads them at the wrong places; and on CPUs with AVX512-BF16 it may not repack weights for
-inference, which changes results and loses every gradient that later goes through the layer.
+Rows whose length is no multiple of 64 are refused on the CPU, where bitsandbytes 0.50 reads them at the wrong places.
 """
 
 from __future__ import annotations
@@ -55,10 +53,11 @@ def quantise_block_(block: nn.Module) -> None:
     load_bitsandbytes(device)
     for name in names:
         path, _, parameter = name.rpartition(".")
-        if isinstance(block.get_submodule(path), nn.Linear):
-            block.set_submodule(path, FourBitLinear(block.get_submodule(path), DOUBLE_QUANTISATION))
+        module = block.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            block.set_submodule(path, FourBitLinear(module, DOUBLE_QUANTISATION))
         else:
-            _quantise_experts_(block.get_submodule(path), parameter)
+            _quantise_experts_(module, parameter)
 
 
 def four_bit_weights(block: nn.Module) -> list[str]:

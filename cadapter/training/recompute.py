@@ -24,8 +24,8 @@ KEPT_BYTES = {
     (False, True): (22, 8),
 }
 """Bytes that a bfloat16 block of the Llama shape keeps for each token per component of hidden and of intermediate size,
-if it keeps everything: (compiled?, trained inside, so that what weights read is kept as well?). Of an 8B model, 32 blocks
-and 4,096 tokens, that is 12.3 GiB for compiled blocks with Control Adapters, where a GPU showed 11.9."""
+if it keeps everything: (compiled?, trained inside, so that what weights read is kept as well?). Of the 32 blocks of an
+8B model and 4,096 tokens that is 12 GiB for compiled blocks with Control Adapters, as a GPU showed."""
 KEPT_BYTES_SELECTIVE = 14
 """The same of a block that is not compiled and keeps its narrow products, per component of hidden size."""
 

@@ -4,10 +4,11 @@ r"""What a step of `cadapter train` consists of: one process, one loaded model, 
     python tests/benchmarks/step_parts.py --shape 8b --set load_in_4bit=true --settings none full
     python tests/benchmarks/step_parts.py --shape tiny --set compile=true --settings none plain:none --steps 3
 
-A setting is a value of `activation_checkpointing` ("none", "2", …), with "plain:" before it to run it without compiling.
-For each it prints tokens per second of the whole training loop (median of the steps after the first two), the peak of
-memory, and on a GPU where a profiled step's time goes: products, attention, fused elementwise work, copies, idle. The
-first step of a setting compiles; its length is printed apart. Numbers of different machines do not compare.
+A setting is a value of `activation_checkpointing` ("none", "2", …), with "plain:" before it where nothing is to be
+compiled. For each it prints tokens per second of the whole training loop (median of the steps after the first two), the
+peak of memory, where the host's time goes, and on a GPU where a profiled step's time goes: products, attention, fused
+elementwise work, copies, idle. The first step of a setting compiles; its length is printed apart. Numbers of different
+machines do not compare.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ def print_parts(trainer: Any, micro_batches: int) -> None:
         parts[kind_of(event.name)] += event.time_range.end - event.time_range.start
     per_batch = {kind: total / 1000 / micro_batches for kind, total in parts.most_common()}
     idle = (reached - spans[0][0] - busy) / 1000 / micro_batches
-    print("    ms a micro-batch: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in per_batch.items()) + f", idle {idle:.1f}")
+    print(
+        "    ms a micro-batch: "
+        + ", ".join(f"{kind} {ms:.1f}" for kind, ms in per_batch.items())
+        + f", idle {idle:.1f}"
+    )
 
 
 class HostTimes:
