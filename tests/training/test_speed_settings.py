@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_project import Project, environment, metrics, run_well
+from tests.tiny_project import Project, environment, metrics, run_well, toml_value
 
 # The process is its own launcher's worker; memory runs out where the code says, and nowhere else.
 WORKER = """
@@ -89,3 +89,50 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(project, plain, kept):
     for found, expected in zip(metrics(project.root / name), metrics(plain), strict=True):
         for key in ("train/loss", "train/loss_neutral", "train/grad_norm", "train/norm_max"):
             assert found[key] == pytest.approx(expected[key], rel=1e-4)  # float32, Adam's first steps of lr 1e-2
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+STEPS = 200
+
+
+def losses_of(root: Path, name: str, **keys: Any) -> torch.Tensor:
+    """The loss of each of 200 steps on film reviews, in bfloat16, with a small English model."""
+    settings = {
+        "model_dir": str(SHARED / "models/tiny-english-14m"), "output_dir": str(root / name),
+        "use_control_adapters": True, "lora_rank": 8, "lora_weight_decay": 100.0, "lr": 1e-3, "sequence_len": 128,
+        "max_steps": STEPS, "eval_fraction": 0, "max_sequences": 300, "gradient_accumulation_steps": 2,
+        "layers_to_transform": "0:6", **keys,
+    }  # fmt: skip
+    lines = [f"{key} = {toml_value(value)}" for key, value in settings.items()]
+    for kind, control_class in (("pos", 1), ("neg", -1)):
+        path = SHARED / f"data/reviews_{kind}.jsonl"
+        lines += ["[[datasets]]", f'dataset_path = "{path}"']
+        lines += [f"control_class = {control_class}"] if settings["use_control_adapters"] else []
+    lines.insert(0, f'cache_dir = "{root / "cache"}"')
+    config = root / f"{name}.toml"
+    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run_well("train", config)
+    return torch.tensor([line["train/loss"] for line in metrics(root / name)], dtype=torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "models/tiny-english-14m").is_dir(), reason="needs ../shared")
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_losses_of_fast_paths_differ_from_plain_ones_as_plain_ones_do_from_each_other(lora, tmp_path):
+    """What plain runs differ by: the same global batch in another micro-batch size, which rounds otherwise."""
+    mode: dict[str, Any] = {"lora_rank": 8}
+    if lora:
+        mode = {"use_control_adapters": False, "layers_to_transform": "0:7", "lr": 3e-4}
+    fast: dict[str, Any] = {**mode, "compile": True}
+    plain = losses_of(tmp_path, "plain", **mode)
+    assert len(plain) == STEPS
+    noise = losses_of(tmp_path, "other", **mode, micro_batch_size=2, gradient_accumulation_steps=1) - plain
+    assert plain[-20:].mean() < plain[:20].mean() - 0.03  # it does learn
+    for name, keys in (("compiled", fast), ("selective", {**fast, "activation_checkpointing": "selective"})):
+        difference = losses_of(tmp_path, name, **keys) - plain
+        print(
+            f"{name}: mean difference {difference.mean():.1e}, mean of sizes {difference.abs().mean():.1e}; "
+            f"of plain runs {noise.mean():.1e}, {noise.abs().mean():.1e}"
+        )
+        assert difference.abs().mean() < 2 * noise.abs().mean(), name
+        assert difference.mean().abs() < 2 * noise.abs().mean(), name
