@@ -4,9 +4,9 @@ A linear layer y = W·x becomes
 
     y = W·x + s·B·(A·(m ∘ x)),    s = alpha / r
 
-with A [r, in], B [out, r] and dropout's mask m (1 outside of training). It is what PEFT's layers compute, and PEFT's own
-layers are used for experts. Products with A and B take their inputs in the dtype of x, as W·x does. Where factors start
-(A Kaiming-uniform, B zero) and what is dropped are functions of the run's seed and of names, not of the layout.
+with A [r, in], B [out, r] and dropout's mask m (1 outside of training). It is what PEFT's layers compute; experts have
+PEFT's own. Products with A and B take their inputs in the dtype of x, as W·x does. Where factors start (A
+Kaiming-uniform, B zero) and what is dropped are functions of the run's seed and of names, not of the layout.
 """
 
 from __future__ import annotations

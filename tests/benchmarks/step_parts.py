@@ -1,8 +1,8 @@
 r"""What a step of `cadapter train` consists of: one process, one loaded model, several settings, parts of a step.
 
-    python tests/benchmarks/step_parts.py --shape 8b --settings none selective full offload      # one GPU
-    python tests/benchmarks/step_parts.py --shape 8b --set load_in_4bit=true --settings none full
-    python tests/benchmarks/step_parts.py --shape tiny --set compile=true --settings none plain:none --steps 3
+    python -m tests.benchmarks.step_parts --shape 8b --settings none selective full offload      # one GPU
+    python -m tests.benchmarks.step_parts --shape 8b --set load_in_4bit=true --settings none full
+    python -m tests.benchmarks.step_parts --shape tiny --set compile=true --settings none plain:none --steps 3
 
 A setting is a value of `activation_checkpointing` ("none", "2", …), with "plain:" before it where nothing is to be
 compiled. For each it prints tokens per second of the whole training loop (median of the steps after the first two), the
