@@ -82,6 +82,40 @@ _CONFLICTS = (
 )
 
 
+_DATASET_CONFLICTS = (
+    _Conflict(
+        "messages_field",
+        lambda dataset: dataset.messages_field and dataset.text_field not in (None, "text"),
+        "a record is read as a chat or as a text; remove this key or text_field",
+    ),
+    _Conflict(
+        "chosen_field",
+        lambda dataset: dataset.chosen_field and (dataset.messages_field or dataset.text_field not in (None, "text")),
+        "chosen_field and rejected_field say where texts are; remove text_field and messages_field, or these two",
+    ),
+    _Conflict(
+        "chosen_field",
+        lambda dataset: dataset.chosen_field and not dataset.rejected_field,
+        "goes with rejected_field; give both",
+    ),
+    _Conflict(
+        "rejected_field",
+        lambda dataset: dataset.rejected_field and not dataset.chosen_field,
+        "goes with chosen_field; give both",
+    ),
+    _Conflict(
+        "class_field",
+        lambda dataset: dataset.class_field and dataset.chosen_field,
+        "what is chosen has class 1 and what is rejected -1; remove the key",
+    ),
+    _Conflict(
+        "control_class",
+        lambda dataset: dataset.control_class not in (None, POSITIVE) and (dataset.class_field or dataset.chosen_field),
+        "this dataset's records say their class themselves; remove the key",
+    ),
+)
+
+
 def conflicts(config: Any) -> list[Problem]:
     """The impossible combinations in ``config``, an object with the config's keys as attributes.
 
@@ -89,10 +123,21 @@ def conflicts(config: Any) -> list[Problem]:
     """
     problems = [Problem((rule.key,), rule.text) for rule in _CONFLICTS if rule.found(config)]
     for index, dataset in enumerate(config.datasets):
-        if config.use_control_adapters is False and dataset.control_class not in (None, POSITIVE):
-            text = "only Control Adapters know classes; set use_control_adapters = true, or control_class = 1"
-            problems.append(Problem(("datasets", index, "control_class"), text))
+        if config.use_control_adapters is False:
+            problems += [Problem(("datasets", index, key), text) for key, text in _needs_classes(dataset)]
+        problems += [
+            Problem(("datasets", index, rule.key), rule.text) for rule in _DATASET_CONFLICTS if rule.found(dataset)
+        ]
     return problems
+
+
+def _needs_classes(dataset: Any) -> list[tuple[str, str]]:
+    """The keys of a dataset that give tokens classes, which only Control Adapters know, and what to do."""
+    known = "only Control Adapters know classes; set use_control_adapters = true"
+    found = [(key, f"{known}, or remove the key") for key in ("class_field", "chosen_field") if getattr(dataset, key)]
+    if dataset.control_class not in (None, POSITIVE):
+        found.append(("control_class", f"{known}, or control_class = 1"))
+    return found
 
 
 def check_layout(pipeline_stages: int, processes: int) -> None:

@@ -64,6 +64,8 @@ TextOrTokens = Annotated[
     str | TokenId | list[TokenId] | None, Expects("a string, a token id or a list of token ids ([] for none)")
 ]
 
+Overlength = Literal["split", "truncate", "drop", "error"]
+
 
 class Table(BaseModel):
     """A table of the config: immutable, no unknown keys, and no type is taken for another."""
@@ -86,10 +88,17 @@ class DatasetConfig(Table):
         description="The field of a record that holds a chat, rendered with the tokenizer's chat template.",
     )
     class_field: Text | None = Field(
-        default=None, description="The field of a record that holds its own control class."
+        default=None, description="The field of a record that holds its own control class: 1, -1 or 0."
     )
-    chosen_field: Text | None = Field(default=None, description="The field that holds the text to enhance.")
-    rejected_field: Text | None = Field(default=None, description="The field that holds the text to suppress.")
+    chosen_field: Text | None = Field(
+        default=None, description="The field that holds the text or chat to enhance; goes with rejected_field."
+    )
+    rejected_field: Text | None = Field(
+        default=None, description="The field that holds the text or chat to suppress; goes with chosen_field."
+    )
+    overlength: Overlength | None = Field(
+        default=None, description="What becomes of a record longer than a sequence; default: that of the config."
+    )
     max_sequences: Count | None = Field(
         default=None, description="At most this many sequences; default: that of the config."
     )
@@ -254,7 +263,10 @@ class Config(Table):
     sequence_prefix: TextOrTokens = Field(
         default=None, description="Begins each sequence; default: the tokenizer's BOS if it has one."
     )
-    document_prefix: TextOrTokens = Field(default=None, description="Begins each document; default: nothing.")
+    document_prefix: TextOrTokens = Field(
+        default=None,
+        description='Begins each document; default: nothing; with document_attention = "isolated": sequence_prefix.',
+    )
     document_suffix: TextOrTokens = Field(
         default=None, description="Ends each document; default: the tokenizer's EOS if it has one."
     )
@@ -267,6 +279,11 @@ class Config(Table):
         description="Drop what is left of a document cut by its last full sequence; default of every dataset.",
     )
     max_sequences: Count | None = Field(default=None, description="At most this many sequences of each dataset.")
+    overlength: Overlength | None = Field(
+        default=None,
+        description='What becomes of a record longer than a sequence; all but "split" keep records whole; '
+        'default: "split" for plain text, "drop" for chats and pairs.',
+    )
     trust_remote_code: bool = Field(default=False, description="Allow the model's own Python code to run.")
     datasets: Annotated[
         tuple[DatasetConfig, ...],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cadapter.classes import IGNORED_LABEL, NEUTRAL, NO_CLASS
+from cadapter.data.packing import BOUNDARY, predicted
 from cadapter.data.sequences import PackedSequences
 from cadapter.data.shuffling import shuffled
 
@@ -93,12 +94,15 @@ class MicroBatch:
         input_ids: [B, S] int64.
         labels: [B, S] int64; −100 where there is no cross-entropy: padding, masked tokens, class 0, the last position.
         classes: [B, S] int8, the class of the token predicted; ``NO_CLASS`` where nothing is predicted.
+        positions: [B, S] int64, the place of each token in what it sees, from 0; they begin again where documents are
+            isolated.
         sequence_ids: [B] int64, each sequence's global index; −1 for a filler.
     """
 
     input_ids: Tensor
     labels: Tensor
     classes: Tensor
+    positions: Tensor
     sequence_ids: Tensor
 
 
@@ -134,18 +138,27 @@ def micro_batch(packed: PackedSequences, indices: np.ndarray) -> MicroBatch:
     input_ids = np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORED_LABEL, np.int64)
     classes = np.full(shape, NO_CLASS, np.int8)
+    boundaries = np.zeros(shape, bool)
     real = indices != FILLER
-    ids, own_classes, trained = packed.rows(indices[real])
+    ids, own_classes, flags = packed.gather(indices[real])
+    of_class, trained = predicted(own_classes, flags)
     input_ids[real] = ids
-    classes[real, :-1] = own_classes[:, 1:]
-    with_loss = trained[:, 1:] & (own_classes[:, 1:] != NEUTRAL)
-    labels[real, :-1] = np.where(with_loss, ids[:, 1:], IGNORED_LABEL)
+    classes[real, :-1] = of_class
+    labels[real, :-1] = np.where(trained & (of_class != NEUTRAL), ids[:, 1:], IGNORED_LABEL)
+    boundaries[real] = (flags & BOUNDARY) != 0
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         torch.from_numpy(classes),
+        torch.from_numpy(restarting(boundaries)),
         torch.from_numpy(indices.astype(np.int64)),
     )
+
+
+def restarting(boundaries: np.ndarray) -> np.ndarray:
+    """Return positions [B, S] int64 that count from 0 and begin again where ``boundaries`` [B, S] is true."""
+    count = np.broadcast_to(np.arange(boundaries.shape[1]), boundaries.shape)
+    return count - np.maximum.accumulate(np.where(boundaries, count, 0), axis=1)
 
 
 def share(indices: np.ndarray, replica: int, replicas: int, micro_batch_size: int, accumulation: int) -> np.ndarray:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cadapter.config import Config
-from cadapter.data import cache
-from cadapter.data.packing import Layout, Pieces, SequenceBlock, pack, trim
+from cadapter.data import arrow, cache
+from cadapter.data.fitting import each_in_one
+from cadapter.data.packing import Layout, Pieces, SequenceBlock, in_a_row, pack
 from cadapter.data.shuffling import shuffled
+from cadapter.data.sources import OnBad
 from cadapter.data.splitting import Portion, split_documents
+from cadapter.data.statistics import histogram
 from cadapter.data.store import Dataset, TokenStore, write_store
 from cadapter.data.tokenising import Framing, Tokenizer, starts_with
 from cadapter.errors import UsageError
@@ -22,49 +29,78 @@ from cadapter.terminal import progress
 
 def layout_of(config: Config, framing: Framing) -> Layout:
     """Return how sequences of ``config`` look."""
-    return Layout(config.sequence_len, framing.sequence_prefix, framing.pad_id, framing.masked)
+    return Layout(config.sequence_len, framing.sequence_prefix, framing.pad_id, config.document_attention == "isolated")
 
 
 def build_stream(
-    config: Config, stream: list[Dataset], tokenizer: Tokenizer, hashes: dict[Path, str], directory: Path
+    config: Config,
+    stream: list[Dataset],
+    tokenizer: Tokenizer,
+    hashes: dict[Path, cache.FileState],
+    on_bad: OnBad,
+    directory: Path,
 ) -> dict[str, Any]:
     """Write the Arrow files of the stream of the datasets ``stream`` into ``directory``; return what was counted.
 
-    ``hashes`` are the files' SHA-256 that the cache's key was made from.
+    ``hashes`` are the files' states that the cache's key was made from; ``on_bad`` is told of unusable records.
 
     Raises:
         UsageError: a file that cannot be used or that changed meanwhile, an empty dataset, nothing to train on.
     """
     framing = tokenizer.framing(config)
     layout = layout_of(config, framing)
-    tokens_file = directory / "tokens.bin"
     name = stream[0].name if len(stream) == 1 else f"{len(stream)} datasets"
-    with progress(f"Preparing {name}", unit="documents") as advance:
-        store = write_store(tokens_file, stream, tokenizer, framing, config.seed, advance)
-        check_vocabulary(tokenizer.directory, int(store.tokens.max()))
-        portions = [_portions(config, dataset, number, store, layout) for number, dataset in enumerate(stream)]
-        train, evaluation = (_pieces(store, [pair[half] for pair in portions]) for half in (0, 1))
-        if config.mix_datasets:
-            train = train.select(shuffled(len(train), "mix", config.seed))
-        dropped = 0
-        for file, pieces in ((cache.TRAIN, train), (cache.EVALUATION, evaluation)):
-            dropped += _write_sequences(directory / file, config, stream, pieces, store.tokens, layout)
-        cache.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout))
-    tokens_file.unlink()
-    changed = [file for dataset in stream for file in dataset.files if cache.file_hash(file) != hashes[file]]
-    if changed:
-        raise UsageError(f"{changed[0]} changed while it was being read.\nRun the command again.")
-    counted = [
-        {
-            "documents": len(train.documents),
-            "eval_documents": len(held.documents),
-            "empty_documents": store.empty[number],
-            "tokens": train.tokens,
-            "eval_tokens": held.tokens,
-        }
-        for number, (train, held) in enumerate(portions)
-    ]
-    return {"datasets": counted, "dropped_tokens": dropped}
+    with tempfile.TemporaryDirectory(dir=directory, prefix="tokens-") as folder:
+        with progress(f"Tokenising {name}", unit="records") as advance:
+            store = write_store(
+                Path(folder), stream, tokenizer, framing, config.seed, config.sequence_len, on_bad, advance
+            )
+        with closing(store):
+            for file in (file for dataset in stream for file in dataset.files):
+                if not hashes[file].is_that_of(file):
+                    raise UsageError(f"{file} changed while it was being read.\nRun the command again.")
+            portions = [_portions(config, dataset, number, store, layout) for number, dataset in enumerate(stream)]
+            counted = [_counted(store, number, *pair) for number, pair in enumerate(portions)]
+            arrow.write_fingerprints(directory / cache.TEXTS, *_fingerprints(store, portions))
+            train, evaluation = (_pieces(store, [pair[half] for pair in portions]) for half in (0, 1))
+            del portions  # with millions of documents, what is known of each is what takes memory
+            if config.mix_datasets:
+                train = train.select(shuffled(len(train), "mix", config.seed))
+            packed = [
+                _write_sequences(directory / file, config, stream, pieces, store, layout)
+                for file, pieces in ((cache.TRAIN, train), (cache.EVALUATION, evaluation))
+            ]
+            check_vocabulary(tokenizer.directory, max(each.largest for each in packed))
+            arrow.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout))
+    return {
+        "datasets": counted,
+        "dropped_tokens": sum(each.dropped for each in packed),
+        "split_documents": sum(each.split for each in packed),
+    }
+
+
+def _counted(store: TokenStore, number: int, train: Portion, held: Portion) -> dict[str, Any]:
+    """Return what became of the documents of dataset ``number``."""
+    low, high = store.documents_of(number)
+    # A single document that is split lies in both portions.
+    both = int(len(train.documents) == len(held.documents) == 1 and bool((train.documents == held.documents).all()))
+    return {
+        "documents": len(train.documents),
+        "eval_documents": len(held.documents),
+        "tokens": train.tokens,
+        "eval_tokens": held.tokens,
+        "over_limit": high - low - len(train.documents) - len(held.documents) + both,
+        "lengths": histogram(np.diff(store.offsets[low : high + 1])),
+        **asdict(store.counts[number]),
+    }
+
+
+def _fingerprints(store: TokenStore, portions: list[tuple[Portion, Portion]]) -> tuple[np.ndarray, ...]:
+    """Return, for each document used: the key of its text, its class, and whether it is held out."""
+    documents = np.concatenate([pair[half].documents for half in (0, 1) for pair in portions])
+    held_out = np.ones(len(documents), bool)
+    held_out[: sum(len(train.documents) for train, _ in portions)] = False
+    return store.texts[documents], store.classes[documents], held_out
 
 
 def check_vocabulary(directory: Path, largest: int) -> None:
@@ -88,50 +124,74 @@ def _portions(
     config: Config, dataset: Dataset, number: int, store: TokenStore, layout: Layout
 ) -> tuple[Portion, Portion]:
     """Return (training, evaluation) of one dataset of the store, ``documents`` as numbers in the store."""
-    own = np.flatnonzero(store.datasets == number)
-    lengths = np.diff(store.offsets)[own]
+    low, high = store.documents_of(number)
     limits = [limit for limit in (dataset.max_tokens,) if limit is not None]
     if config.mix_datasets and dataset.max_sequences is not None:
         limits.append(dataset.max_sequences * layout.capacity)
-    halves = split_documents(lengths, store.keys[own], config.eval_fraction, min(limits, default=None))
-    train, evaluation = (Portion(own[half.documents], half.starts, half.stops) for half in halves)
+    lengths, keys = np.diff(store.offsets[low : high + 1]), store.keys[low:high]
+    halves = split_documents(lengths, keys, config.eval_fraction, min(limits, default=None), dataset.whole)
+    train, evaluation = (Portion(half.documents + low, half.starts, half.stops) for half in halves)
     return train, evaluation
 
 
 def _pieces(store: TokenStore, portions: list[Portion]) -> Pieces:
     documents = np.concatenate([portion.documents for portion in portions])
-    begins = store.offsets[documents]
+    starts, stops = store.offsets[documents], store.offsets[documents]
+    starts += np.concatenate([portion.starts for portion in portions])
+    stops += np.concatenate([portion.stops for portion in portions])
     return Pieces(
-        starts=begins + np.concatenate([portion.starts for portion in portions]),
-        stops=begins + np.concatenate([portion.stops for portion in portions]),
+        starts=starts,
+        stops=stops,
         classes=store.classes[documents],
         datasets=store.datasets[documents],
+        repeats=store.repeats[documents] & (starts == store.offsets[documents]),
     )
 
 
+class _Packed(NamedTuple):
+    """What was packed into one file: tokens left out, documents in several sequences, and the largest token id."""
+
+    dropped: int
+    split: int
+    largest: int
+
+
 def _write_sequences(
-    file: Path, config: Config, stream: list[Dataset], pieces: Pieces, tokens: np.ndarray, layout: Layout
-) -> int:
-    """Pack ``pieces`` into ``file`` and return how many of their tokens were left out.
+    file: Path, config: Config, stream: list[Dataset], pieces: Pieces, store: TokenStore, layout: Layout
+) -> _Packed:
+    """Pack ``pieces`` into ``file``: those that may be cut, then those that stay whole.
 
     Raises:
         UsageError: there would be nothing to train on.
     """
-    drop_tails = np.array([dataset.drop_tails for dataset in stream])
-    trimmed = trim(pieces, tokens, layout, drop_tails[pieces.datasets])
-    drop_last = bool(drop_tails.all())
-    blocks = pack(trimmed, tokens, layout, drop_last)
+    drop_tails, whole = (
+        np.array([getattr(each, key) for each in stream])[pieces.datasets] for key in ("drop_tails", "whole")
+    )
+    # With nothing but such documents, a last sequence that would need padding is a tail as well.
+    drop_last = bool(len(pieces) and drop_tails.all())
+    cut, kept = (pieces if mask.all() else pieces.select(mask) for mask in (~whole, whole))
+    placed = [in_a_row(cut, layout, drop_tails[~whole]), each_in_one(kept, layout)]
+    blocks: Iterator[SequenceBlock] = chain(
+        pack(placed[0], store.read, layout, drop_last),
+        pack(placed[1], store.read, layout),
+    )
     if not config.mix_datasets and stream[0].max_sequences is not None:
         limit = stream[0].max_sequences
         if file.name == cache.EVALUATION:
             limit = max(1, round(config.eval_fraction * limit))
-        blocks = _sample(blocks, layout.count(trimmed.tokens, drop_last), limit, config.seed)
+        total = placed[0].sequences(layout, drop_last) + placed[1].sequences(layout)
+        blocks = _sample(blocks, total, limit, config.seed)
     counted = _Counted(blocks)
-    cache.write_sequences(file, counted, layout.sequence_len)
+    with progress("Packing", total=pieces.tokens, unit="tokens") as advance:
+        arrow.write_sequences(file, counted, layout.sequence_len, advance)
     if file.name == cache.TRAIN:
         _refuse_nothing(stream, counted, pieces.tokens, layout)
-    replaced = int((trimmed.starts - pieces.starts).sum())
-    return pieces.tokens - replaced - (counted.tokens - counted.sequences * len(layout.prefix))
+    replaced = int(sum((each.pieces.starts.sum() for each in placed), start=-pieces.starts.sum()))
+    return _Packed(
+        dropped=pieces.tokens - replaced - (counted.tokens - counted.sequences * len(layout.prefix)),
+        split=placed[0].split(layout),
+        largest=counted.largest,
+    )
 
 
 class _Counted:
@@ -139,13 +199,14 @@ class _Counted:
 
     def __init__(self, blocks: Iterator[SequenceBlock]) -> None:
         self._blocks = blocks
-        self.sequences = self.tokens = self.positions = 0
+        self.sequences = self.tokens = self.positions = self.largest = 0
 
     def __iter__(self) -> Iterator[SequenceBlock]:
         for block in self._blocks:
             self.sequences += len(block)
             self.tokens += int(block.tokens.sum(dtype=np.int64))
             self.positions += int(block.counts.sum(dtype=np.int64))
+            self.largest = max(self.largest, int(block.ids.max()))
             yield block
 
 
@@ -172,19 +233,21 @@ def _sample(blocks: Iterator[SequenceBlock], total: int, limit: int, seed: int) 
             yield block.select(mask)
 
 
-def alone(ids: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def alone(ids: np.ndarray, trained: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Return one document by itself: (ids int32, trained bool), each [n], n at most ``sequence_len``.
 
     It is the sequence prefix, which is not doubled where the document begins with it, and the document's ``ids``.
+    ``trained`` None: all of them are.
     """
+    trained = np.ones(len(ids), bool) if trained is None else trained
     if starts_with(ids, layout.prefix):
-        ids = ids[len(layout.prefix) :]
-    ids = np.concatenate([np.array(layout.prefix, np.int32), ids])[: layout.sequence_len]
-    trained = ~np.isin(ids, layout.masked)
-    trained[: len(layout.prefix)] = False
-    return ids, trained
+        ids, trained = ids[len(layout.prefix) :], trained[len(layout.prefix) :]
+    ids = np.concatenate([np.array(layout.prefix, np.int32), ids])
+    trained = np.concatenate([np.zeros(len(layout.prefix), bool), trained])
+    return ids[: layout.sequence_len], trained[: layout.sequence_len]
 
 
 def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    for start, stop, class_, dataset in zip(pieces.starts, pieces.stops, pieces.classes, pieces.datasets, strict=True):
-        yield int(dataset), int(class_), *alone(store.tokens[start:stop], layout)
+    for number in range(len(pieces)):
+        own = pieces.select(np.array([number]))
+        yield int(own.datasets[0]), int(own.classes[0]), *alone(*store.read(own.starts, own.stops), layout)

@@ -4,6 +4,7 @@
 <cache>/<key>-<random>/
   train.arrow  evaluation.arrow   packed sequences, FixedSizeList columns: ids, classes, flags, counts; and tokens
   documents.arrow                 held-out documents one by one
+  texts.arrow                     of each document: key of its text, class, and whether it is held out
   manifest.json                   what it was made from, what it holds, and each file's size
 ```
 The key is the SHA-256 of everything the contents depend on: the bytes of the datasets and of the tokenizer's files,
@@ -25,29 +26,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from cadapter.data.packing import SequenceBlock
+from cadapter.data import arrow
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
 from cadapter.errors import CadapterError
 from cadapter.files import new_directory, write_json
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key: raise it whenever the files or what is computed into them change."""
 FOLDER = ".cadapter-cache"
 MANIFEST = "manifest.json"
-TRAIN, EVALUATION, DOCUMENTS = "train.arrow", "evaluation.arrow", "documents.arrow"
+FILES = TRAIN, EVALUATION, DOCUMENTS, TEXTS = "train.arrow", "evaluation.arrow", "documents.arrow", "texts.arrow"
+_SETTLED_SECONDS = 2.0
+"""A file that was written more recently may be written again without its times changing."""
 
-_DOCUMENT_SCHEMA = pa.schema(
-    [
-        ("dataset", pa.int16()),
-        ("control_class", pa.int8()),
-        ("ids", pa.list_(pa.int32())),
-        ("trained", pa.list_(pa.int8())),
-    ]
-)
-_DOCUMENTS_PER_BATCH = 256
+
+@dataclass(frozen=True)
+class FileState:
+    """What a file held, and its ``status`` then: size, times of change in ns, inode; empty: not to be relied on.
+
+    A file whose status is still the same has not changed, so that its bytes need not be read to know its SHA-256.
+    """
+
+    sha256: str
+    status: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Read ``path``.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        before = status_of(path)
+        digest = file_hash(path)
+        settled = time.time() - max(before[1:3]) / 1e9 > _SETTLED_SECONDS
+        return cls(digest, before if settled and status_of(path) == before else ())
+
+    def is_that_of(self, path: Path) -> bool:
+        """Whether ``path`` still holds the same."""
+        return self.status == status_of(path) or file_hash(path) == self.sha256
+
+
+def status_of(path: Path) -> tuple[int, ...]:
+    """Return the status of a file, as :class:`FileState` keeps it."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 @dataclass(frozen=True)
@@ -56,25 +81,31 @@ class Recipe:
 
     Attributes:
         sources: the datasets' paths as absolute paths or globs; they find an older entry to compare with.
-        files: SHA-256 of every file, by absolute path, in reading order, one mapping for each dataset.
+        files: the state of every file, by absolute path, in reading order, one mapping for each dataset.
         tokenizer: fingerprint of the tokenizer.
         options: every option that the contents depend on.
     """
 
     sources: list[str]
-    files: list[dict[str, str]]
+    files: list[dict[str, FileState]]
     tokenizer: str
     options: dict[str, Any]
 
     @property
     def key(self) -> str:
         """SHA-256 (hex) over all but the paths."""
-        contents = [FORMAT, [list(files.values()) for files in self.files], self.tokenizer, self.options]
+        digests = [[state.sha256 for state in files.values()] for files in self.files]
+        contents = [FORMAT, digests, self.tokenizer, self.options]
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
         """Return the part of a manifest that tells what changed."""
-        return {"sources": self.sources, "files": self.files, "tokenizer": self.tokenizer, "options": self.options}
+        files = [{path: state.sha256 for path, state in each.items()} for each in self.files]
+        states = {path: state.status for each in self.files for path, state in each.items() if state.status}
+        return {
+            "sources": self.sources, "files": files, "states": states, "tokenizer": self.tokenizer,
+            "options": self.options,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,6 +143,18 @@ class Cache:
     def __init__(self, directory: Path, note: Callable[[str], None]) -> None:
         self.directory = directory
         self._note = note
+
+    def known_files(self) -> dict[tuple[str, tuple[int, ...]], FileState]:
+        """Return the states of the files that entries were made from, by absolute path and status."""
+        known = {}
+        for root in (self.directory, user_cache()):
+            for entry in _children(root, "*-*"):
+                manifest = _read_manifest(entry) or {}
+                digests = _merged(manifest.get("files", ()))
+                for path, status in manifest.get("states", {}).items():
+                    if path in digests:
+                        known[path, tuple(status)] = FileState(digests[path], tuple(status))
+        return known
 
     def find(self, recipe: Recipe) -> tuple[Path | None, str]:
         """Return (directory of a complete entry of ``recipe``, "") or (None, why there is none)."""
@@ -241,92 +284,31 @@ def _damage(entry: Path, key: str) -> str:
     manifest = _read_manifest(entry)
     if manifest is None or manifest["key"] != key:
         return f"no usable {MANIFEST}"
-    for name in (TRAIN, EVALUATION, DOCUMENTS):
+    for name in FILES:
         file, size = entry / name, manifest["sizes"].get(name)
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         try:
-            _batches(file)
+            arrow.record_batches(file)
         except (OSError, pa.ArrowException):
             return f"{name} is no Arrow file"
     return ""
 
 
+def statistics_of(entry: Path) -> dict[str, Any]:
+    """Return what the builder of a complete entry counted."""
+    return json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["statistics"]
+
+
 def open_entry(entry: Path, sequence_len: int, names: list[str]) -> Entry:
     """Open a complete entry without reading its contents; ``names`` are the datasets' names in their order."""
-    statistics = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["statistics"]
-    documents = [document for batch in _batches(entry / DOCUMENTS) for document in _documents(batch, names)]
+    statistics = statistics_of(entry)
     return Entry(
         directory=entry,
-        train=PackedSequences([_block(batch) for batch in _batches(entry / TRAIN)], sequence_len),
-        evaluation=PackedSequences([_block(batch) for batch in _batches(entry / EVALUATION)], sequence_len),
-        documents=documents,
+        train=PackedSequences(arrow.read_sequences(entry / TRAIN), sequence_len),
+        evaluation=PackedSequences(arrow.read_sequences(entry / EVALUATION), sequence_len),
+        documents=arrow.read_documents(entry / DOCUMENTS, names),
         statistics=statistics,
     )
-
-
-def _batches(file: Path) -> list[pa.RecordBatch]:
-    """Return the record batches of an Arrow IPC file as views on its mapping; they keep the mapping alive."""
-    reader = pa.ipc.open_file(pa.memory_map(str(file)))
-    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
-
-
-def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)
-
-
-def _block(batch: pa.RecordBatch) -> SequenceBlock:
-    ids, classes, flags, counts = (_matrix(batch.column(name)) for name in ("ids", "classes", "flags", "counts"))
-    return SequenceBlock(ids, classes, flags, counts, batch.column("tokens").to_numpy(zero_copy_only=True))
-
-
-def _documents(batch: pa.RecordBatch, names: list[str]) -> Iterable[HeldOutDocument]:
-    ids, trained = (batch.column(name).values.to_numpy(zero_copy_only=True) for name in ("ids", "trained"))
-    offsets = batch.column("ids").offsets.to_numpy()
-    datasets, classes = batch.column("dataset").to_pylist(), batch.column("control_class").to_pylist()
-    for number, (dataset, control_class) in enumerate(zip(datasets, classes, strict=True)):
-        part = slice(offsets[number], offsets[number + 1])
-        yield HeldOutDocument(names[dataset], control_class, ids[part], trained[part].view(np.bool_))
-
-
-def write_sequences(file: Path, blocks: Iterable[SequenceBlock], sequence_len: int) -> None:
-    """Write packed sequences of length ``sequence_len``, one record batch a block."""
-    columns = {"ids": pa.int32(), "classes": pa.int8(), "flags": pa.uint8()}
-    schema = pa.schema(
-        [(name, pa.list_(type_, sequence_len)) for name, type_ in columns.items()]
-        + [("counts", pa.list_(pa.int32(), 3)), ("tokens", pa.int32())]
-    )
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for block in blocks:
-            lists = [
-                pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(matrix).ravel()), matrix.shape[1])
-                for matrix in (block.ids, block.classes, block.flags, block.counts)
-            ]
-            writer.write_batch(pa.record_batch([*lists, pa.array(block.tokens)], schema=schema))
-
-
-def write_documents(file: Path, documents: Iterable[tuple[int, int, np.ndarray, np.ndarray]]) -> None:
-    """Write held-out documents, each (number of its dataset, class, ids [n] int32, trained [n] bool)."""
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _DOCUMENT_SCHEMA) as writer:
-        batch: list[tuple[int, int, np.ndarray, np.ndarray]] = []
-        for document in documents:
-            batch.append(document)
-            if len(batch) == _DOCUMENTS_PER_BATCH:
-                writer.write_batch(_document_batch(batch))
-                batch = []
-        if batch:
-            writer.write_batch(_document_batch(batch))
-
-
-def _document_batch(documents: list[tuple[int, int, np.ndarray, np.ndarray]]) -> pa.RecordBatch:
-    datasets, classes, ids, trained = zip(*documents, strict=True)
-    offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
-    columns = [
-        pa.array(datasets, pa.int16()),
-        pa.array(classes, pa.int8()),
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids))),
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(trained).view(np.int8))),
-    ]
-    return pa.record_batch(columns, schema=_DOCUMENT_SCHEMA)

@@ -1,13 +1,14 @@
 """Documents to sequences of one length, without a Python loop over tokens.
 
-The documents follow one another in one stream; every sequence is ``sequence_prefix`` + the next
-C = ``sequence_len`` − P tokens of it, so that a document runs over into the next sequence. What fills the last one is
-padding, known by its position (behind the sequence's ``tokens``) and never by its id: where pad = EOS, EOS is trained.
+Every sequence is ``sequence_prefix`` + C = ``sequence_len`` − P tokens of a stream, and documents are placed in that
+stream: one right after the other, so that a document runs over into the next sequence (:func:`in_a_row`), or each
+within one sequence (:mod:`cadapter.data.fitting`). What is left of a sequence is padding, known by its position
+(behind the sequence's ``tokens``) and never by its id: where pad = EOS, EOS is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,11 +19,17 @@ TRAINED = 1
 """Bit of ``flags``: the token is one to be predicted (cross-entropy, but for class 0)."""
 DOCUMENT_START = 2
 """Bit of ``flags``: the first token of a document."""
+BOUNDARY = 4
+"""Bit of ``flags``, where documents are isolated: no token from here on sees one before, and none predicts this one."""
 
 COUNTED_CLASSES = (POSITIVE, NEGATIVE, NEUTRAL)
 """The columns of ``counts``."""
 
 _TOKENS_PER_BLOCK = 1 << 20
+_DOCUMENTS_AT_ONCE = 1 << 16
+
+Read = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""``read(starts, stops)``: ids int32 and, bool, which are to be predicted, of those tokens, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class SequenceBlock:
     Attributes:
         ids: [N, S] int32 token ids.
         classes: [N, S] int8, the class of each token's own document; ``NO_CLASS`` for prefix and padding.
-        flags: [N, S] uint8 of :data:`TRAINED` and :data:`DOCUMENT_START`.
+        flags: [N, S] uint8 of :data:`TRAINED`, :data:`DOCUMENT_START` and :data:`BOUNDARY`.
         counts: [N, 3] int32 for the positions t ≤ S − 2, by what token t + 1 is: trained of class +1, trained of
             class −1, any of class 0.
         tokens: [N] int32, how many tokens stand before the padding.
@@ -56,14 +63,15 @@ class SequenceBlock:
 class Pieces:
     """What is to be packed, in order: tokens ``starts`` to ``stops`` of the token store, each of one document.
 
-    All [n]: ``starts`` and ``stops`` int64, ``classes`` int8, and ``datasets`` int16, the number of each one's
-    dataset.
+    All [n]: ``starts`` and ``stops`` int64, ``classes`` int8, ``datasets`` int16, the number of each one's dataset, and
+    ``repeats`` bool, whether it begins with the sequence prefix, of one token or more.
     """
 
     starts: np.ndarray
     stops: np.ndarray
     classes: np.ndarray
     datasets: np.ndarray
+    repeats: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -80,92 +88,130 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences look: their length, what stands first in each, what fills the last, what is not trained."""
+    """How sequences look: length, what stands first in each, what fills the rest, whether documents are isolated."""
 
     sequence_len: int
     prefix: tuple[int, ...]
     pad_id: int
-    masked: tuple[int, ...] = ()
+    isolated: bool = False
 
     @property
     def capacity(self) -> int:
         """C: tokens of the stream per sequence."""
         return self.sequence_len - len(self.prefix)
 
-    def count(self, tokens: int, drop_last: bool) -> int:
-        """Return how many sequences a stream of ``tokens`` gives, with or without a last one that needs padding."""
-        return tokens // self.capacity if drop_last else -(-tokens // self.capacity)
+
+@dataclass(frozen=True)
+class Placement:
+    """``pieces`` with their places in the stream: each is ``at`` [n] to before ``ends`` [n], int64, increasing."""
+
+    pieces: Pieces
+    at: np.ndarray
+    ends: np.ndarray
+
+    def sequences(self, layout: Layout, drop_last: bool = False) -> int:
+        """Return how many sequences there are, with or without a last one that needs padding."""
+        length = int(self.ends[-1]) if len(self.at) else 0
+        return length // layout.capacity if drop_last else -(-length // layout.capacity)
+
+    def split(self, layout: Layout) -> int:
+        """Return how many pieces lie in more than one sequence."""
+        borders = np.arange(1, self.sequences(layout)) * layout.capacity
+        around = np.searchsorted(self.ends, borders, side="right")
+        return len(np.unique(around[self.at[around] < borders]))
 
 
-def trim(pieces: Pieces, tokens: np.ndarray, layout: Layout, drop_tails: np.ndarray) -> Pieces:
-    """Return ``pieces`` without what is not to be packed.
+def in_a_row(pieces: Pieces, layout: Layout, drop_tails: np.ndarray) -> Placement:
+    """Place ``pieces`` one right after the other, without what is not to be packed.
 
     - A document that begins with the sequence prefix loses it where a sequence begins with the document: the
       sequence's own takes its place, so that no BOS is doubled.
     - Where ``drop_tails`` [n] is true for a document that a full sequence cuts, what remains of it after its last
       full sequence is left out; the next sequence begins with the next document.
     """
-    prefix = np.array(layout.prefix, np.int32)
-    repeats = (pieces.stops - pieces.starts >= len(prefix)) & (len(prefix) > 0)
-    for offset, id_ in enumerate(prefix):
-        repeats[repeats] = tokens[pieces.starts[repeats] + offset] == id_
-    starts, stops = pieces.starts.tolist(), pieces.stops.tolist()
-    capacity, fill = layout.capacity, 0
-    for index, (repeated, drop) in enumerate(zip(repeats.tolist(), drop_tails.tolist(), strict=True)):
-        if repeated and fill == 0:
-            starts[index] += len(prefix)
-        length, room = stops[index] - starts[index], capacity - fill
-        if drop and length > room:
-            length = room + (length - room) // capacity * capacity
-            stops[index] = starts[index] + length
-        fill = (fill + length) % capacity
-    return replace(pieces, starts=np.array(starts, np.int64), stops=np.array(stops, np.int64))
+    if pieces.repeats.any() or drop_tails.any():
+        pieces = _trimmed(pieces, layout, drop_tails)
+    lengths = pieces.stops - pieces.starts
+    ends = np.cumsum(lengths)
+    return Placement(pieces, ends - lengths, ends)
 
 
-def pack(pieces: Pieces, tokens: np.ndarray, layout: Layout, drop_last: bool = False) -> Iterator[SequenceBlock]:
-    """Yield the sequences of the stream of ``pieces``, in blocks of about a million tokens.
+def _trimmed(pieces: Pieces, layout: Layout, drop_tails: np.ndarray) -> Pieces:
+    starts, stops = pieces.starts.copy(), pieces.stops.copy()
+    capacity, prefix, fill = layout.capacity, len(layout.prefix), 0
+    for low in range(0, len(pieces), _DOCUMENTS_AT_ONCE):
+        part = slice(low, low + _DOCUMENTS_AT_ONCE)
+        columns = [column[part].tolist() for column in (starts, stops, pieces.repeats, drop_tails)]
+        for index, (start, stop, repeated, drop) in enumerate(zip(*columns, strict=True), low):
+            if repeated and fill == 0:
+                starts[index] = start = start + prefix
+            length, room = stop - start, capacity - fill
+            if drop and length > room:
+                length = room + (length - room) // capacity * capacity
+                stops[index] = start + length
+            fill = (fill + length) % capacity
+    return replace(pieces, starts=starts, stops=stops)
+
+
+def pack(placement: Placement, read: Read, layout: Layout, drop_last: bool = False) -> Iterator[SequenceBlock]:
+    """Yield the sequences of the stream, in blocks of about a million tokens.
 
     ``drop_last`` leaves out the last sequence where it would need padding.
 
     Args:
-        tokens: [T] int32, the token store that the pieces point into (may be memory-mapped).
+        read: gives the tokens that pieces point to, see :meth:`~cadapter.data.store.TokenStore.read`.
     """
-    ends = np.cumsum(pieces.stops - pieces.starts)
-    total = min(pieces.tokens, layout.count(pieces.tokens, drop_last) * layout.capacity)
     rows = max(1, _TOKENS_PER_BLOCK // layout.sequence_len)
-    for low in range(0, total, rows * layout.capacity):
-        yield _block(pieces, ends, tokens, layout, low, min(low + rows * layout.capacity, total))
+    total = placement.sequences(layout, drop_last)
+    for row in range(0, total, rows):
+        yield _block(placement, read, layout, row, min(row + rows, total))
 
 
-def _block(pieces: Pieces, ends: np.ndarray, tokens: np.ndarray, layout: Layout, low: int, high: int) -> SequenceBlock:
-    """Return the sequences that hold the stream's positions ``low`` to ``high``."""
-    position = np.arange(low, high)
-    piece = np.searchsorted(ends, position, side="right")
-    begins = ends - (pieces.stops - pieces.starts)
-    offset = position - begins[piece]
-    stream_ids = tokens[pieces.starts[piece] + offset]
-    stream_flags = np.where(np.isin(stream_ids, layout.masked), 0, TRAINED) | np.where(offset == 0, DOCUMENT_START, 0)
+def _block(placement: Placement, read: Read, layout: Layout, first: int, last: int) -> SequenceBlock:
+    """Return the sequences ``first`` to before ``last``."""
+    low, high = first * layout.capacity, last * layout.capacity
+    part = slice(np.searchsorted(placement.ends, low, side="right"), np.searchsorted(placement.at, high))
+    at = placement.at[part]
+    begin, end = np.maximum(at, low) - low, np.minimum(placement.ends[part], high) - low
+    lengths = end - begin
+    source = placement.pieces.starts[part] + (begin + low - at)
+    stream_ids, stream_trained = read(source, source + lengths)
+    target = np.arange(len(stream_ids)) + np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
 
-    ids = _rows(stream_ids, layout, layout.pad_id)
+    def rows(filler: int, values: np.ndarray) -> np.ndarray:
+        stream = np.full(high - low, filler, values.dtype)
+        stream[target] = values
+        whole = np.full((last - first, layout.sequence_len), filler, values.dtype)
+        whole[:, len(layout.prefix) :] = stream.reshape(-1, layout.capacity)
+        return whole
+
+    ids = rows(layout.pad_id, stream_ids)
     ids[:, : len(layout.prefix)] = layout.prefix
-    classes = _rows(pieces.classes[piece].astype(np.int8), layout, NO_CLASS)
-    flags = _rows(stream_flags.astype(np.uint8), layout, 0)
-    filled = np.full(len(ids), layout.sequence_len, np.int32)
-    filled[-1] = len(layout.prefix) + (high - low - 1) % layout.capacity + 1
+    classes = rows(NO_CLASS, np.repeat(placement.pieces.classes[part].astype(np.int8), lengths))
+    flags = rows(0, stream_trained.view(np.uint8))
+    filled = (len(layout.prefix) + (classes != NO_CLASS).sum(axis=1)).astype(np.int32)
+    row, column = np.divmod(begin[(at >= low) & (lengths > 0)], layout.capacity)
+    flags[row, column + len(layout.prefix)] |= DOCUMENT_START
+    if layout.isolated:
+        later = column > 0  # a sequence's first document has the sequence's prefix before it
+        flags[row[later], column[later] + len(layout.prefix)] |= BOUNDARY
+        padded = np.flatnonzero(filled < layout.sequence_len)
+        flags[padded, filled[padded]] |= BOUNDARY
     return SequenceBlock(ids, classes, flags, count_predicted(classes, flags), filled)
 
 
-def _rows(stream: np.ndarray, layout: Layout, filler: int) -> np.ndarray:
-    """Return ``stream`` [n] as rows [N, S]: ``filler`` where the prefix goes and behind its end."""
-    body = np.full(-(-len(stream) // layout.capacity) * layout.capacity, filler, stream.dtype)
-    body[: len(stream)] = stream
-    rows = np.full((len(body) // layout.capacity, layout.sequence_len), filler, stream.dtype)
-    rows[:, len(layout.prefix) :] = body.reshape(-1, layout.capacity)
-    return rows
+def predicted(classes: np.ndarray, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each position t predicts, token t + 1: (its class, whether it is trained), each [N, S − 1].
+
+    The class is ``NO_CLASS`` where nothing is predicted: before padding, and before a :data:`BOUNDARY`.
+    """
+    following = flags[:, 1:]
+    apart = (following & BOUNDARY) != 0
+    return np.where(apart, np.int8(NO_CLASS), classes[:, 1:]), ((following & TRAINED) != 0) & ~apart
 
 
 def count_predicted(classes: np.ndarray, flags: np.ndarray) -> np.ndarray:
     """Return ``counts`` [N, 3] of :class:`SequenceBlock`: the first token of a sequence is never predicted."""
-    predicted, trained = classes[:, 1:], (flags[:, 1:] & TRAINED) != 0
-    masks = [(predicted == class_) & (trained | (class_ == NEUTRAL)) for class_ in COUNTED_CLASSES]
-    return np.stack([mask.sum(axis=1) for mask in masks], axis=1).astype(np.int32)
+    of_class, trained = predicted(classes, flags)
+    masks = [(of_class == class_) & (trained | (class_ == NEUTRAL)) for class_ in COUNTED_CLASSES]
+    return np.stack([np.count_nonzero(mask, axis=1) for mask in masks], axis=1).astype(np.int32)

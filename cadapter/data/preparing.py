@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from cadapter.config import Config
 from cadapter.data import cache
 from cadapter.data.building import alone, build_stream, check_vocabulary, layout_of
+from cadapter.data.records import Fields, documents_of
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
-from cadapter.data.sources import COMPRESSIONS, read_documents, resolve_files
+from cadapter.data.sources import COMPRESSIONS, read_records, resolve_files
 from cadapter.data.store import Dataset
 from cadapter.data.tokenising import Tokenizer
 from cadapter.errors import UsageError
@@ -21,9 +24,12 @@ from cadapter.terminal import note, progress, warn
 
 _SHARED_OPTIONS = (
     "sequence_len", "sequence_prefix", "document_prefix", "document_suffix", "mask_tokens", "seed", "eval_fraction",
-    "mix_datasets",
+    "mix_datasets", "document_attention",
 )  # fmt: skip
-_DATASET_OPTIONS = ("control_class", "text_field", "max_tokens", "max_sequences", "drop_tails")
+_DATASET_OPTIONS = ("control_class", "overlength", "max_tokens", "max_sequences", "drop_tails")
+
+_LISTED = 100
+"""Of a dataset's bad records, how many are listed."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +37,39 @@ class DatasetReport:
     """What became of one dataset. With ``mix_datasets`` the numbers below ``cache_reason`` are those of the mixture.
 
     Attributes:
+        control_class: None where the records say their class themselves.
+        whole: whether each document stays within one sequence.
         documents: documents to train on; ``eval_documents``: held out (a part of a single document counts as one).
         empty_documents: documents without text, left out.
-        tokens, eval_tokens: tokens of those documents, their prefixes and suffixes included.
+        overlength_documents: left out because they are longer than a sequence.
+        truncated_documents, truncated_tokens: cut to the length of a sequence, and what that took away.
+        over_limit: documents left out by ``max_tokens`` (in a mixture by ``max_sequences`` too).
+        bad_records: what is wrong with each record that could not be used, see ``--skip-bad``.
+        tokens, eval_tokens: tokens of the documents, their prefixes and suffixes included.
+        lengths: how many documents have 2^(k-1) to 2^k - 1 tokens, for k = 0, 1, …
         cache_hit, cache_reason: whether the cache was used, or else why not.
         sequences, eval_sequences: packed sequences.
         padding, eval_padding: tokens of padding in them.
         dropped_tokens: tokens left out by ``drop_tails`` and ``max_sequences``.
+        split_documents: documents that lie in more than one sequence.
         trained, eval_trained: trained positions of class +1 and of class −1, and neutral positions.
     """
 
     name: str
     path: str
-    control_class: int
+    control_class: int | None
+    whole: bool
     documents: int
     eval_documents: int
     empty_documents: int
+    overlength_documents: int
+    truncated_documents: int
+    truncated_tokens: int
+    over_limit: int
+    bad_records: list[str]
     tokens: int
     eval_tokens: int
+    lengths: list[int]
     cache_hit: bool
     cache_reason: str
     sequences: int
@@ -56,6 +77,7 @@ class DatasetReport:
     padding: int
     eval_padding: int
     dropped_tokens: int
+    split_documents: int
     trained: tuple[int, int, int]
     eval_trained: tuple[int, int, int]
 
@@ -97,8 +119,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return Tokenizer(directory)
 
 
-def prepare_data(config: Config, *, force: bool = False) -> PreparedData:
+def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = None) -> PreparedData:
     """Return the packed sequences of ``config``, from the cache where it has them; ``force`` builds them anew.
+
+    ``skip_bad``: how many records that cannot be used are left out, in all; with one more, the first is an error. None:
+    none, but what the cache holds may have been made with some left out.
 
     Every dataset is a stream of its own; with ``mix_datasets`` there is one stream of all documents, in an order
     shuffled by the seed. Any number of processes may call this at once; only the first needs to.
@@ -109,16 +134,19 @@ def prepare_data(config: Config, *, force: bool = False) -> PreparedData:
     """
     tokenizer = load_tokenizer(config)
     datasets = _datasets(config)
-    hashes = _file_hashes(datasets)
-    streams = [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]
     store = cache.Cache(_cache_directory(config, datasets), note)
+    files = _file_states(datasets, store)
+    streams = [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]
+    bad = BadRecords(skip_bad or 0)
 
     entries, reports, keys, done = [], [], [], set()
     built: list[Path] = []
     for stream in streams:
-        recipe = _recipe(config, stream, tokenizer, hashes)
+        recipe = _recipe(config, stream, tokenizer, files)
         found, reason = (None, "forced") if force and recipe.key not in done else store.find(recipe)
-        build = partial(build_stream, config, stream, tokenizer, hashes)
+        if found and skip_bad is not None and bad.count + _skipped(found) > skip_bad:
+            found, reason = None, "it leaves out more bad records than --skip-bad allows"
+        build = partial(build_stream, config, stream, tokenizer, files, bad)
         try:
             directory = found or store.build(recipe, build, replace=reason == "forced")
         except UsageError:
@@ -128,6 +156,7 @@ def prepare_data(config: Config, *, force: bool = False) -> PreparedData:
             built.append(directory)
         done.add(recipe.key)
         entry = cache.open_entry(directory, config.sequence_len, [dataset.name for dataset in stream])
+        bad.count += _skipped(directory) if found else 0
         entries.append(entry)
         keys.append(recipe.key)
         reports += _reports(stream, entry, found is not None, reason)
@@ -136,6 +165,7 @@ def prepare_data(config: Config, *, force: bool = False) -> PreparedData:
         PackedSequences.joined([getattr(entry, part) for entry in entries]) for part in ("train", "evaluation")
     )
     _warn_without_evaluation(config, reports)
+    _list_bad(reports)
     return PreparedData(
         train=train,
         evaluation=evaluation if len(evaluation) else None,
@@ -157,12 +187,19 @@ def documents_from_file(
     """
     framing = tokenizer.framing(config)
     layout = layout_of(config, framing)
-    texts = [document.text for document in read_documents(resolve_files(path), text_field) if document.text.strip()]
-    ids = [framing.document(ids) for ids in tokenizer.encode(texts) if len(ids)]
+    masked = np.array(framing.masked, np.int32)
+    fields = Fields(text_field)
+    records = read_records(resolve_files(path), fields.needed)
+    texts = [
+        document.text
+        for record in records
+        for document in documents_of(record, fields, control_class, tokenizer.render_chat)
+    ]
+    ids = [framing.document(ids) for ids in tokenizer.encode([text for text in texts if text.strip()]) if len(ids)]
     if not ids:
         raise UsageError(f"{path} has no documents.")
     check_vocabulary(tokenizer.directory, max(int(each.max()) for each in ids))
-    return [HeldOutDocument(_stem(path), control_class, *alone(each, layout)) for each in ids]
+    return [HeldOutDocument(_stem(path), control_class, *alone(each, ~np.isin(each, masked), layout)) for each in ids]
 
 
 def _datasets(config: Config) -> list[Dataset]:
@@ -172,14 +209,22 @@ def _datasets(config: Config) -> list[Dataset]:
     result = []
     for number, dataset in enumerate(config.datasets, 1):
         path = dataset.dataset_path
+        fields = Fields(
+            dataset.text_field,
+            dataset.messages_field,
+            dataset.class_field,
+            dataset.chosen_field,
+            dataset.rejected_field,
+        )
         name = _stem(path) if stems[_stem(path)] == 1 else path if paths[path] == 1 else f"{path} ({number})"
         result.append(
             Dataset(
                 name=name,
                 path=path,
                 files=tuple(resolve_files(path)),
-                text_field=dataset.text_field,
+                fields=fields,
                 control_class=dataset.control_class,
+                overlength=dataset.overlength or config.overlength or ("split" if fields.is_plain_text else "drop"),
                 max_tokens=dataset.max_tokens,
                 max_sequences=config.max_sequences if dataset.max_sequences is None else dataset.max_sequences,
                 drop_tails=config.drop_tails if dataset.drop_tails is None else dataset.drop_tails,
@@ -202,29 +247,64 @@ def _cache_directory(config: Config, datasets: list[Dataset]) -> Path:
     return datasets[0].files[0].parent / cache.FOLDER
 
 
-def _file_hashes(datasets: list[Dataset]) -> dict[Path, str]:
-    """Return the SHA-256 of every file, each read once."""
+def _file_states(datasets: list[Dataset], store: cache.Cache) -> dict[Path, cache.FileState]:
+    """Return the state of every file, read once, or not at all where the cache knows it."""
     files = dict.fromkeys(file for dataset in datasets for file in dataset.files)
-    hashes = {}
+    known = store.known_files()
+    states = {}
     with progress("Comparing files with the cache", total=len(files), unit="files") as advance:
         for file in files:
             try:
-                hashes[file] = cache.file_hash(file)
+                seen = known.get((str(file.absolute()), cache.status_of(file)))
+                states[file] = seen or cache.FileState.of(file)
             except OSError as error:
                 raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
             advance()
-    return hashes
+    return states
 
 
-def _recipe(config: Config, stream: list[Dataset], tokenizer: Tokenizer, hashes: dict[Path, str]) -> cache.Recipe:
+class BadRecords:
+    """Takes note of records that cannot be used, up to ``limit`` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
+
+    def __call__(self, error: UsageError) -> None:
+        """Count one.
+
+        Raises:
+            UsageError: it is one too many; ``error`` itself where none is allowed.
+        """
+        self.count += 1
+        if not self.limit:
+            raise UsageError(f"{error}\nTo leave out up to N such records: cadapter prepare CONFIG --skip-bad N")
+        if self.count > self.limit:
+            raise UsageError(f"More than {self.limit} records cannot be used (--skip-bad). The last one:\n{error}")
+
+
+def _skipped(entry: Path) -> int:
+    return sum(len(dataset["bad_records"]) for dataset in cache.statistics_of(entry)["datasets"])
+
+
+def _recipe(
+    config: Config, stream: list[Dataset], tokenizer: Tokenizer, files: dict[Path, cache.FileState]
+) -> cache.Recipe:
     options = {key: getattr(config, key) for key in _SHARED_OPTIONS}
-    each = [{key: getattr(dataset, key) for key in _DATASET_OPTIONS} for dataset in stream]
+    each = [
+        {**{key: getattr(dataset, key) for key in _DATASET_OPTIONS}, **_named(dataset.fields)} for dataset in stream
+    ]
     return cache.Recipe(
         sources=[os.path.abspath(os.path.expanduser(dataset.path)) for dataset in stream],
-        files=[{str(file.absolute()): hashes[file] for file in dataset.files} for dataset in stream],
+        files=[{str(file.absolute()): files[file] for file in dataset.files} for dataset in stream],
         tokenizer=tokenizer.fingerprint,
         options={**options, "datasets": each},
     )
+
+
+def _named(fields: Fields) -> dict[str, str | None]:
+    """Return ``fields`` with the names that they have in a config."""
+    return {f"{name.rstrip('_')}_field": field for name, field in asdict(fields).items()}
 
 
 def _reports(stream: list[Dataset], entry: cache.Entry, hit: bool, reason: str) -> list[DatasetReport]:
@@ -233,7 +313,8 @@ def _reports(stream: list[Dataset], entry: cache.Entry, hit: bool, reason: str) 
         DatasetReport(
             name=dataset.name,
             path=dataset.path,
-            control_class=dataset.control_class,
+            control_class=dataset.control_class if not dataset.fields.give_class else None,
+            whole=dataset.whole,
             **statistics,
             cache_hit=hit,
             cache_reason=reason,
@@ -242,11 +323,23 @@ def _reports(stream: list[Dataset], entry: cache.Entry, hit: bool, reason: str) 
             padding=train.padding,
             eval_padding=evaluation.padding,
             dropped_tokens=entry.statistics["dropped_tokens"],
+            split_documents=entry.statistics["split_documents"],
             trained=train.trained,
             eval_trained=evaluation.trained,
         )
         for dataset, statistics in zip(stream, entry.statistics["datasets"], strict=True)
     ]
+
+
+def _list_bad(reports: list[DatasetReport]) -> None:
+    for report in reports:
+        if report.bad_records:
+            listed = report.bad_records[:_LISTED]
+            more = len(report.bad_records) - len(listed)
+            rest = [f"… and {more:,} more"] if more else []
+            count = len(report.bad_records)
+            what = "1 record that cannot be used is" if count == 1 else f"{count:,} records that cannot be used are"
+            warn("\n".join([f"{report.path}: {what} left out (--skip-bad):", *listed, *rest]))
 
 
 def _warn_without_evaluation(config: Config, reports: list[DatasetReport]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cadapter.data.packing import DOCUMENT_START, TRAINED, SequenceBlock
+from cadapter.data.packing import BOUNDARY, DOCUMENT_START, TRAINED, SequenceBlock
 
 
 class PackedSequences:
@@ -47,14 +47,15 @@ class PackedSequences:
 
     def rows(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (ids int32, classes int8, trained bool), each [n, S], of the sequences ``indices`` [n]."""
-        ids, classes, flags = self._gather(indices)
-        return ids, classes, (flags & TRAINED) != 0
+        ids, classes, flags = self.gather(indices)
+        return ids, classes, (flags & (TRAINED | BOUNDARY)) == TRAINED
 
     def document_starts(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return [n, S] bool: where a document begins in the sequences ``indices`` [n]."""
-        return (self._gather(indices)[2] & DOCUMENT_START) != 0
+        return (self.gather(indices)[2] & DOCUMENT_START) != 0
 
-    def _gather(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def gather(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (ids, classes, flags) of the sequences ``indices``, as a block has them."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"sequence indices must lie in 0 to {len(self) - 1}")

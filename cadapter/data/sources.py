@@ -1,14 +1,15 @@
-"""Files of text, read as a stream of documents.
+"""Files, read as a stream of records.
 
-| ending | documents |
+| ending | records |
 |---|---|
-| ``.txt`` | the whole file is one |
-| ``.json`` | a list of objects, one document each |
+| ``.txt`` | the whole file is the text of one |
+| ``.json`` | a list of objects, one record each |
 | ``.jsonl`` | one object a line; blank lines are skipped |
 | ``.parquet`` | one row each |
 
-All but Parquet (which compresses by itself) may end in ``.gz`` or ``.zst`` too. Text is UTF-8. Every error names
-the file and the place in it: a line of JSON Lines, a record or row counted from 1.
+All but Parquet (which compresses by itself) may end in ``.gz`` or ``.zst`` too. Text is UTF-8. JSON Lines and Parquet
+are streamed; a ``.txt`` or ``.json`` file is held in memory whole. Every error names the file and the place in it: a
+line of JSON Lines, a record or row counted from 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,21 +31,30 @@ from cadapter.errors import UsageError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = (".txt", ".json", ".jsonl", ".parquet")
-_PARQUET_ROWS = 1024
+LONGEST_LINE = 1 << 27
+"""Bytes; a longer line of JSON Lines is refused, since a line is held in memory."""
+_PARQUET_ROWS = 256
+_PARQUET_BUFFER = 1 << 20
 _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
     type(None): "null",
 }  # fmt: skip
 
+OnBad = Callable[[UsageError], None]
+"""What is done about a record that cannot be used: raise the error, or take note of it and go on."""
+
+
+def refuse(error: UsageError) -> None:
+    """Raise ``error``: no record may be bad."""
+    raise error
+
 
 @dataclass(frozen=True)
-class Document:
-    """One document as it was read: ``index`` is its line, record or row in ``source``, counted from 1."""
+class Record:
+    """One record as it was read; ``where`` is its place in words, for messages."""
 
-    text: str
-    control_class: int
-    source: Path
-    index: int
+    fields: dict[str, Any]
+    where: str
 
 
 def format_of(path: Path) -> str:
@@ -87,17 +97,21 @@ def resolve_files(dataset_path: str) -> list[Path]:
     return files
 
 
-def read_documents(files: Iterable[Path], text_field: str = "text", control_class: int = 1) -> Iterator[Document]:
-    """Yield the documents of ``files`` in order; no more than one file's record batch is held at a time.
+def read_records(
+    files: Iterable[Path], needed: tuple[str, ...], optional: tuple[str, ...] = (), on_bad: OnBad = refuse
+) -> Iterator[Record]:
+    """Yield the records of ``files`` in order.
 
-    Documents with empty text are yielded too, for the caller to count.
+    Args:
+        needed: the fields that are used; the first takes the text of a ``.txt`` file, and Parquet files must have all.
+        optional: fields that are read where they are there.
+        on_bad: told of every record that is none.
 
     Raises:
-        UsageError: a file cannot be read, is empty (but for ``.txt``), or holds something that is no document.
+        UsageError: a file cannot be read or is empty (but for ``.txt``), and what ``on_bad`` raises.
     """
     for file in files:
-        for index, text in _READERS[format_of(file)](file, text_field):
-            yield Document(text, control_class, file, index)
+        yield from _READERS[format_of(file)](file, needed, optional, on_bad)
 
 
 @contextmanager
@@ -105,7 +119,7 @@ def _open(file: Path) -> Iterator[io.BufferedReader]:
     """Open ``file`` for reading, decompressed; whatever goes wrong in reading becomes a :class:`UsageError`."""
     try:
         with pa.input_stream(str(file), compression=COMPRESSIONS.get(file.suffix.lower())) as stream:
-            yield io.BufferedReader(stream)
+            yield io.BufferedReader(stream, buffer_size=1 << 20)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(file, error) from error
 
@@ -129,37 +143,73 @@ def _not_utf8(where: str) -> UsageError:
     return UsageError(f"{where}: the text is not valid UTF-8.\nConvert the file to UTF-8.")
 
 
-def _read_txt(file: Path, _: str) -> Iterator[tuple[int, str]]:
-    yield 1, _read_whole(file)
+def _read_txt(file: Path, needed: tuple[str, ...], _: tuple[str, ...], __: OnBad) -> Iterator[Record]:
+    yield Record({needed[0]: _read_whole(file)}, str(file))
 
 
-def _read_json(file: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_json(file: Path, needed: tuple[str, ...], _: tuple[str, ...], on_bad: OnBad) -> Iterator[Record]:
     text = _read_whole(file)
     if not text.strip():
         raise UsageError(f"{file} is empty.")
     records = _parse(text, file, 0)
     if not isinstance(records, list):
         raise UsageError(
-            f"{file} must hold a list of objects, but holds {_JSON_TYPES[type(records)]}.\n"
+            f"{file} must hold a list of objects, but holds {type_name(records)}.\n"
             "If it has one object a line, name it .jsonl."
         )
-    for index, record in enumerate(records, 1):
-        yield index, _text_of(record, text_field, f"{file}, record {index}")
+    for index, fields in enumerate(records, 1):
+        where = f"{file}, record {index}"
+        if isinstance(fields, dict):
+            yield Record(fields, where)
+        else:
+            on_bad(_no_object(fields, needed, where))
 
 
-def _read_jsonl(file: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_jsonl(file: Path, needed: tuple[str, ...], _: tuple[str, ...], on_bad: OnBad) -> Iterator[Record]:
     number = 0
     with _open(file) as stream:
-        for number, line in enumerate(stream, 1):
-            where = f"{file}, line {number}"
+        while line := stream.readline(LONGEST_LINE):
+            number += 1
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(where) from error
-            if text.strip():
-                yield number, _text_of(_parse(text.rstrip(), file, number - 1), text_field, where)
+                record = _record_of_line(line, file, number, needed)
+            except UsageError as error:
+                on_bad(error)
+                while line and not line.endswith(b"\n"):  # what is left of a line that is too long
+                    line = stream.readline(LONGEST_LINE)
+            else:
+                if record is not None:
+                    yield record
     if number == 0:
         raise UsageError(f"{file} is empty.")
+
+
+def _record_of_line(line: bytes, file: Path, number: int, needed: tuple[str, ...]) -> Record | None:
+    """Return the record on a line, None for a blank line.
+
+    Raises:
+        UsageError: the line holds something else.
+    """
+    where = f"{file}, line {number}"
+    if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+        raise UsageError(
+            f"{where}: the line is longer than {LONGEST_LINE >> 20} MiB.\n"
+            "Split this document, or name the file .json if it is one list of objects."
+        )
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where) from error
+    if not text or text.isspace():
+        return None
+    fields = _parse(text.rstrip(), file, number - 1)
+    if not isinstance(fields, dict):
+        raise _no_object(fields, needed, where)
+    return Record(fields, where)
+
+
+def _no_object(value: Any, needed: tuple[str, ...], where: str) -> UsageError:
+    wanted = " and ".join(map(repr, needed))
+    return UsageError(f"{where}: expected an object with {wanted}, found {type_name(value)}.")
 
 
 def _parse(text: str, file: Path, lines_before: int) -> Any:
@@ -173,52 +223,63 @@ def _parse(text: str, file: Path, lines_before: int) -> Any:
         raise UsageError(f"{file}, from line {lines_before + 1}: JSON that cannot be read: {error}.") from error
 
 
-def _read_parquet(file: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...], on_bad: OnBad) -> Iterator[Record]:
     if file.stat().st_size == 0:
         raise UsageError(f"{file} is empty.")
     try:
-        with pq.ParquetFile(file, memory_map=True) as table:
+        # Without pre-buffering a column is read page by page, not a row group, which may be the whole file, at once.
+        with pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:
             names = table.schema_arrow.names
-            if text_field not in names:
-                raise _no_field(str(file), text_field, names, "columns")
+            for name in needed:
+                if name not in names:
+                    raise no_field(str(file), name, names, "columns")
+            columns = [*needed, *(name for name in optional if name in names)]
             row = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                for value in batch.column(0):
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                for index in range(len(batch)):
                     row += 1
-                    yield row, _text_of({text_field: _as_python(value, file, row)}, text_field, f"{file}, row {row}")
+                    where = f"{file}, row {row}"
+                    try:
+                        fields = {name: _as_python(batch.column(name)[index], where) for name in columns}
+                    except UsageError as error:
+                        on_bad(error)
+                    else:
+                        yield Record(fields, where)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(file, error) from error
 
 
-def _as_python(value: Any, file: Path, row: int) -> Any:
+def _as_python(value: Any, where: str) -> Any:
     try:
-        return value.as_py()
+        return _without_nulls(value.as_py())
     except UnicodeDecodeError as error:
-        raise _not_utf8(f"{file}, row {row}") from error
+        raise _not_utf8(where) from error
 
 
-def _text_of(record: Any, text_field: str, where: str) -> str:
-    if not isinstance(record, dict):
-        raise UsageError(f"{where}: expected an object with {text_field!r}, found {_type_name(record)}.")
-    if text_field not in record:
-        raise _no_field(where, text_field, record, "fields")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UsageError(f"{where}: {text_field!r} must be a string, but is {_type_name(text)}.")
-    try:
-        text.encode("utf-8")  # a lone surrogate, which JSON's \\ud800 escapes can spell, is no text
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: {text_field!r} holds half of a surrogate pair, which is no valid text.") from error
-    return text
+def _without_nulls(value: Any) -> Any:
+    """Leave out of nested objects what is null: a column's objects all have the keys that any of them has.
+
+    A null ``content`` stays, which is what a message that only calls tools has.
+    """
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None or key == "content"}
+    return value
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """Return what a JSON value is, in words: "a number"."""
     return _JSON_TYPES.get(type(value), f"of type {type(value).__name__}")
 
 
-def _no_field(where: str, text_field: str, names: Iterable[str], kind: str) -> UsageError:
+def no_field(where: str, field: str, names: Iterable[str], kind: str = "fields") -> UsageError:
+    """Return the error that says that ``field`` is not there, and what is."""
     there = ", ".join(map(str, names)) or "none"
-    return UsageError(f"{where}: there is no {text_field!r} ({kind}: {there}).\nSet text_field to where the text is.")
+    return UsageError(
+        f"{where}: there is no {field!r} ({kind}: {there}).\n"
+        "Set the dataset's text_field (messages_field, class_field, …) to what is there, or correct the file."
+    )
 
 
 _READERS = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

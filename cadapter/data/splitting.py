@@ -35,36 +35,56 @@ class Portion:
 
 
 def split_documents(
-    lengths: np.ndarray, keys: np.ndarray, eval_fraction: float, max_tokens: int | None = None
+    lengths: np.ndarray, keys: np.ndarray, eval_fraction: float, max_tokens: int | None = None, whole: bool = False
 ) -> tuple[Portion, Portion]:
     """Split the documents of one dataset into (training, evaluation).
 
     With ``max_tokens`` the dataset is first reduced to so many tokens: whole documents in the order of their keys,
-    the last one cut to fit. Of n documents, ``eval_fraction·n`` (rounded, at least one, never all) are held out; of
-    a single document, its last tokens in that proportion. ``eval_fraction`` 0 holds out nothing.
+    the last one cut to fit, or, where documents are to stay ``whole``, left out. Of n documents, ``eval_fraction·n``
+    (rounded, at least one, never all) are held out; of a single document that may be cut, its last tokens in that
+    proportion. Documents with the same key (the same text, or a pair) are held out together. ``eval_fraction`` 0 holds
+    out nothing.
 
     Args:
-        lengths: [n] tokens of each document.
+        lengths: [n] int64, tokens of each document.
         keys: [n] uint64, :func:`document_key` of each.
     """
-    order = np.lexsort((np.arange(len(keys)), keys))
-    stops = lengths.astype(np.int64)
+    order = np.argsort(keys, kind="stable")
+    stops = lengths
     if max_tokens is not None:
-        before = np.cumsum(stops[order]) - stops[order]
-        stops[order] = np.clip(max_tokens - before, 0, stops[order])
-        order = order[before < max_tokens]
-    starts = np.zeros_like(stops)
+        upto = np.cumsum(lengths[order])
+        if whole:
+            order = order[: _between_keys(keys, order, int(np.searchsorted(upto, max_tokens, side="right")))[0]]
+        else:
+            before = upto - lengths[order]
+            stops = lengths.copy()
+            stops[order] = np.clip(max_tokens - before, 0, stops[order])
+            order = order[before < max_tokens]
 
-    def portion(documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Portion:
-        documents = np.sort(documents)
-        return Portion(documents, starts[documents], stops[documents])
-
-    if len(order) == 1:
-        cut = stops - _held_out(eval_fraction, int(stops[order[0]]))
-        held = order if cut[order[0]] < stops[order[0]] else order[:0]
-        return portion(order, starts, cut), portion(held, cut, stops)
+    if len(order) == 1 and not whole:
+        held = _held_out(eval_fraction, int(stops[order[0]]))
+        cut = stops[order] - held
+        return Portion(order, np.zeros_like(cut), cut), Portion(order[: min(held, 1)], cut[:held], stops[order[:held]])
     count = _held_out(eval_fraction, len(order))
-    return portion(order[count:], starts, stops), portion(order[:count], starts, stops)
+    fewer, more = _between_keys(keys, order, count)
+    count = more if more < len(order) else fewer
+    train, evaluation = (np.sort(part) for part in (order[count:], order[:count]))
+    return _whole(train, stops), _whole(evaluation, stops)
+
+
+def _whole(documents: np.ndarray, stops: np.ndarray) -> Portion:
+    return Portion(documents, np.zeros(len(documents), np.int64), stops[documents])
+
+
+def _between_keys(keys: np.ndarray, order: np.ndarray, count: int) -> tuple[int, int]:
+    """Return the numbers nearest to ``count``, at most and at least, that part no documents with the same key."""
+    fewer = more = count
+    if 0 < count < len(order) and keys[order[count]] == keys[order[count - 1]]:
+        while more < len(order) and keys[order[more]] == keys[order[count]]:
+            more += 1
+        while fewer > 0 and keys[order[fewer - 1]] == keys[order[count]]:
+            fewer -= 1
+    return fewer, more
 
 
 def _held_out(eval_fraction: float, count: int) -> int:

@@ -16,33 +16,64 @@ from typing import Any
 
 import numpy as np
 
+from cadapter.data.chat import Chat, ChatTemplate, Span
+from cadapter.data.parts import grouped, parts_of
 from cadapter.errors import UsageError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja",
 )  # fmt: skip
+
+CHARACTERS_AT_ONCE = 1 << 20
+"""The tokenizer's own form of a token takes some hundred bytes: 100 MB for so many characters."""
 
 TokenSpec = str | int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
 class Framing:
-    """Token ids around the text, and those that are not trained; every field as ids of the tokenizer."""
+    """Token ids around the text, and those that are not trained; every field as ids of the tokenizer.
+
+    ``chat_suffix`` is what ends a chat: a ``document_suffix`` of the config, but not the default, since a chat template
+    writes itself what ends a turn. ``bos_id`` is None where the tokenizer has no BOS.
+    """
 
     sequence_prefix: tuple[int, ...]
     document_prefix: tuple[int, ...]
     document_suffix: tuple[int, ...]
+    chat_suffix: tuple[int, ...]
     masked: tuple[int, ...]
     pad_id: int
+    bos_id: int | None
 
     def document(self, ids: np.ndarray) -> np.ndarray:
         """Return ``document_prefix + ids + document_suffix`` [n] int32; what the text already has is not doubled."""
+        return self._framed(ids, self.document_suffix)[0]
+
+    def chat(self, ids: np.ndarray, trained: np.ndarray, answered: bool, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a chat's ids and which of them are trained, both framed: what is added is not trained.
+
+        But for the suffix where the chat is ``answered``: there it ends the assistant's last turn.
+
+        Raises:
+            UsageError: it begins with BOS twice.
+        """
+        framed, head, tail = self._framed(ids, self.chat_suffix)
+        if self.bos_id is not None and framed[: head + 2].tolist().count(self.bos_id) > 1:
+            raise UsageError(
+                f"{where}: the chat begins with BOS twice: its ids begin with {framed[: head + 8].tolist()}.\n"
+                "The chat template writes BOS itself; leave it out of document_prefix and of the messages."
+            )
+        return framed, np.concatenate([np.zeros(head, bool), trained, np.full(tail, answered)])
+
+    def _framed(self, ids: np.ndarray, suffix: tuple[int, ...]) -> tuple[np.ndarray, int, int]:
+        """Return the framed ids, and how many tokens were put in front and behind."""
         head = () if starts_with(ids, self.document_prefix) else self.document_prefix
-        tail = () if ends_with(ids, self.document_suffix) else self.document_suffix
+        tail = () if ends_with(ids, suffix) else suffix
         if not head and not tail:
-            return ids
-        return np.concatenate([np.array(head, np.int32), ids, np.array(tail, np.int32)])
+            return ids, 0, 0
+        return np.concatenate([np.array(head, np.int32), ids, np.array(tail, np.int32)]), len(head), len(tail)
 
 
 def starts_with(ids: np.ndarray, prefix: tuple[int, ...]) -> bool:
@@ -53,6 +84,15 @@ def starts_with(ids: np.ndarray, prefix: tuple[int, ...]) -> bool:
 def ends_with(ids: np.ndarray, suffix: tuple[int, ...]) -> bool:
     """Whether ``ids`` ends with ``suffix`` (an empty one counts)."""
     return not suffix or ids[-len(suffix) :].tolist() == list(suffix)
+
+
+def _token_at(encoding: Any, character: int, length: int) -> int:
+    """Return the first token that has ``character`` of the text, else that has a later one, else their count."""
+    for position in range(character, length):
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return token
+    return len(encoding)
 
 
 class Tokenizer:
@@ -107,20 +147,91 @@ class Tokenizer:
         added = self.fast.added_tokens_decoder
         return tuple(sorted({*self.fast.all_special_ids, *(id_ for id_, token in added.items() if token.special)}))
 
+    @property
+    def _encoder(self) -> Any:
+        return self.fast.backend_tokenizer
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self.special_ids)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.fast, str(self.directory))
+
+    def render_chat(self, messages: Any, tools: Any, where: str) -> Chat:
+        """Return a chat as text, see :meth:`ChatTemplate.render`.
+
+        Raises:
+            UsageError: there is no chat template, or it cannot render this.
+        """
+        return self._chat_template.render(messages, tools, where)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids [n] int32 of every text; nothing is inserted. Runs on all of tokenizers' threads."""
-        encodings = self.fast.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        """Return the token ids [n] int32 of every text; nothing is inserted. Runs on all of tokenizers' threads.
+
+        Long texts are taken in parts, so that memory stays bounded and all threads have work.
+        """
+        parts = [(index, part) for index, text in enumerate(texts) for part in parts_of(text, self._encode_one)]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in grouped(parts, lambda part: len(part[1]), CHARACTERS_AT_ONCE):
+            encodings = self._encoder.encode_batch_fast([text for _, text in group], add_special_tokens=False)
+            for (index, _), encoding in zip(group, encodings, strict=True):
+                found[index].append(np.array(encoding.ids, dtype=np.int32))
+        return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in found]
+
+    def _encode_one(self, text: str) -> list[int]:
+        return self._encoder.encode(text, add_special_tokens=False).ids
+
+    def encode_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return, for every text, its ids [n] int32 and, [n] bool, which of them lie within its ``spans``.
+
+        A token that begins before a span or ends behind it is outside. So is white space that a span has behind a
+        special token at its end: ChatML's line break after the end of a turn, which no model has to write.
+        """
+        encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
+        result = []
+        for text, encoding, own in zip(texts, encodings, spans, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            trained = np.zeros(len(ids), bool)
+            for start, stop in own:
+                first, last = _token_at(encoding, start, len(text)), _token_at(encoding, stop, len(text))
+                while first < last and encoding.token_to_chars(first)[0] < start:
+                    first += 1
+                stop = encoding.token_to_chars(last - 1)[1] if first < last else stop
+                end = _token_at(encoding, start + len(text[start:stop].rstrip()), len(text))
+                if first < end < last and ids[end - 1] in self._special:
+                    last = end
+                trained[first:last] = True
+            result.append((ids, trained))
+        return result
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of ``ids`` [n], special tokens spelled out."""
         return self.fast.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def decode_pieces(self, ids: np.ndarray, begins: np.ndarray) -> list[str]:
+        """Return the text of ``ids`` [n] in pieces, each from one of ``begins`` to the next.
+
+        A piece that ends within a character leaves all of it to the next.
+        """
+        pieces, begin = [], 0
+        for end in [*begins[1:], len(ids)]:
+            text = self.decode(ids[begin:end])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+                pieces.append("")
+            else:
+                pieces.append(text)
+                begin = end
+        return pieces
+
     def framing(self, config: Any) -> Framing:
         """Return ``config``'s prefixes, suffix and masked tokens as ids.
 
         ``sequence_prefix`` defaults to BOS and ``document_suffix`` to EOS where the tokenizer has one,
-        ``document_prefix`` to nothing.
+        ``document_prefix`` to nothing, or, where documents are isolated, to ``sequence_prefix``: each stands alone.
 
         Raises:
             UsageError: an id outside the vocabulary, or a ``sequence_prefix`` that leaves a sequence no room.
@@ -132,13 +243,17 @@ class Tokenizer:
                 f"sequence_prefix has {len(prefix)} tokens, which leaves no room in sequences of "
                 f"{config.sequence_len} (sequence_len)."
             )
+        alone = config.document_attention == "isolated" and config.document_prefix is None
+        suffix = self._ids("document_suffix", config.document_suffix, fast.eos_token_id)
         pad_ids = [id_ for id_ in (fast.pad_token_id, fast.eos_token_id) if id_ is not None]
         return Framing(
             sequence_prefix=prefix,
-            document_prefix=self._ids("document_prefix", config.document_prefix, None),
-            document_suffix=self._ids("document_suffix", config.document_suffix, fast.eos_token_id),
+            document_prefix=prefix if alone else self._ids("document_prefix", config.document_prefix, None),
+            document_suffix=suffix,
+            chat_suffix=() if config.document_suffix is None else suffix,
             masked=self._masked(config.mask_tokens),
             pad_id=pad_ids[0] if pad_ids else 0,
+            bos_id=fast.bos_token_id,
         )
 
     def _ids(self, key: str, value: TokenSpec, default: int | None) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The pipeline's layers: token embedding, decoder blocks, final norm with head; and what travels between them.
 
 What crosses a stage boundary is defined here once, ``pack`` beside ``unpack``. Masks and rotary embeddings are
-functions of the sequence length alone and are made on each stage.
+functions of the sequence length, or of the positions where documents are isolated, and are made on each stage.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadapter.adapters.control import ClassTransforms, ControlledBlock, Transform
 from cadapter.adapters.lora import LoraBlock
@@ -28,12 +29,14 @@ class Carrier(NamedTuple):
         codes: which transform each position receives, [B, T] int8: in training its class.
         penalty: the neutral loss summed over the layers so far, [1] float32; None when no neutral examples train.
         dropout_rows: [B] int64, what dropout's masks are a function of; None without dropout.
+        positions: [B, T] int64, which begin again with each document; None where documents see those before them.
     """
 
     hidden: Tensor
     codes: Tensor
     penalty: Tensor | None
     dropout_rows: Tensor | None
+    positions: Tensor | None = None
 
 
 class CarrierFormat(NamedTuple):
@@ -41,6 +44,7 @@ class CarrierFormat(NamedTuple):
 
     penalty: bool = False
     dropout: bool = False
+    positions: bool = False
 
     def pack(self, carrier: Carrier) -> tuple[Tensor, ...]:
         """Return the flat tuple that the pipeline engine sends.
@@ -48,7 +52,7 @@ class CarrierFormat(NamedTuple):
         Floating-point tensors come first: the engine pools its receive buffers by place without looking at
         dtypes, and a float behind an integer can deadlock from three stages on.
         """
-        parts = [carrier.hidden, carrier.penalty, carrier.codes, carrier.dropout_rows]
+        parts = [carrier.hidden, carrier.penalty, carrier.codes, carrier.dropout_rows, carrier.positions]
         return tuple(part for part in parts if part is not None)
 
     def unpack(self, parts: tuple[Tensor, ...]) -> Carrier:
@@ -57,22 +61,30 @@ class CarrierFormat(NamedTuple):
         hidden = rest.pop(0)
         penalty = rest.pop(0) if self.penalty else None
         codes = rest.pop(0)
-        return Carrier(hidden, codes, penalty, rest.pop(0) if self.dropout else None)
+        dropout_rows = rest.pop(0) if self.dropout else None
+        return Carrier(hidden, codes, penalty, dropout_rows, rest.pop(0) if self.positions else None)
 
 
 class Frame:
     """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
 
-    It is what the model's own forward pass hands to its blocks (see :mod:`cadapter.models.shell`). In packed sequences
-    it depends on the sequence length alone, so it is found out once for each length.
+    It is what the model's own forward pass hands to its blocks (see :mod:`cadapter.models.shell`). Where documents see
+    those before them it depends on the sequence length alone, so it is found out once for each length. Where they are
+    isolated it depends on the positions: it is found out once for each micro-batch, and kept for as long as the
+    micro-batch's positions are, so that blocks that are computed again find it.
     """
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
         self._made: dict[int, list[dict[str, Any]]] = {}
+        self._isolated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
+    def arguments(self, hidden: Tensor, index: int, positions: Tensor | None = None) -> dict[str, Any]:
         """Return the keyword arguments for decoder block ``index`` on hidden states [B, T, H]."""
+        if positions is not None:
+            if positions not in self._isolated:
+                self._isolated[positions] = self._model.isolating_arguments(positions)
+            return self._isolated[positions][index]
         length = hidden.shape[1]
         if length not in self._made:
             self._made[length] = self._model.block_arguments(length)
@@ -106,14 +118,15 @@ class EmbeddingLayer(nn.Module):
         return self._table[0]
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64."""
-        input_ids, codes, rows = inputs
+        """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64, and positions where needed."""
+        input_ids, codes, rows, *positions = inputs
         hidden = to_device(self.table(to_device(input_ids, self._place)), self.device)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
         kept_rows = to_device(rows, self.device) if self.carrier.dropout else None
-        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, kept_rows))
+        where = to_device(positions[0], self.device) if self.carrier.positions else None
+        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, kept_rows, where))
 
 
 def run_block(
@@ -194,7 +207,7 @@ class DecoderLayer(nn.Module):
             transforms,
             carrier.dropout_rows,
             carrier.penalty is not None,
-            self.frame.arguments(carrier.hidden, self.index),
+            self.frame.arguments(carrier.hidden, self.index, carrier.positions),
         )
         if carrier.penalty is not None and penalty is not None:
             carrier = carrier._replace(penalty=carrier.penalty + penalty)

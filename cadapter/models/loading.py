@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from cadapter.models.quantise import (
     refuse_unfit,
     stored_bytes,
 )
-from cadapter.models.shell import check_cut, inferred_family, inner_model, record_calls
+from cadapter.models.shell import arguments_at, check_cut, inferred_family, inner_model, record_calls
 from cadapter.models.stored import StoredWeights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -224,6 +224,12 @@ class CausalLM:
         """The keyword arguments that the model calls each of its blocks with, for sequences of ``length`` tokens."""
         embeddings = torch.zeros(1, length, self.hidden_size, dtype=self.dtype, device=self.device)
         return record_calls(self.skeleton, embeddings)[1]
+
+    def isolating_arguments(self, positions: Tensor) -> list[dict[str, Any]]:
+        """The same for documents that do not see each other: ``positions`` [B, T] begin again with each."""
+        embeddings = torch.zeros((), dtype=self.dtype, device=self.device).expand(*positions.shape, self.hidden_size)
+        # A copy: the arguments may hold the positions, and what holds its own key is never let go.
+        return arguments_at(self.skeleton, embeddings, positions.to(self.device, copy=True))
 
     def _compare_names(self) -> None:
         def is_ours(name: str) -> bool:

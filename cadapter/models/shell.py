@@ -126,13 +126,8 @@ def record_calls(skeleton: Any, embeddings: Tensor, token: int = 0) -> tuple[Ten
     Raises:
         UsageError: the pass is not a chain of blocks and a norm; the reason is the text.
     """
-    inner = inner_model(skeleton)
-    calls: list[_Call] = []
-    recorders = nn.ModuleList(_Recorder(block, number, calls) for number, block in enumerate(inner.layers))
-    ids = torch.full(embeddings.shape[:2], token, device=embeddings.device)
-    with _replaced(inner, embed_tokens=_Constant(embeddings), layers=recorders, norm=_AddTwo()):
-        output = inner(input_ids=ids, use_cache=False).last_hidden_state
-    if [call.number for call in calls] != list(range(len(recorders))):
+    calls, output = _run_recorded(skeleton, embeddings, token)
+    if [call.number for call in calls] != list(range(len(inner_model(skeleton).layers))):
         raise UsageError("it does not call each of its blocks once, in their order")
     # Each recorder added 1 and the norm 2: whatever else happens to hidden states on the way would show.
     first = expected = calls[0].hidden
@@ -143,6 +138,28 @@ def record_calls(skeleton: Any, embeddings: Tensor, token: int = 0) -> tuple[Ten
     if not torch.equal(output, expected + 2):
         raise UsageError("it changes hidden states after its blocks")
     return first, [call.arguments for call in calls]
+
+
+def _run_recorded(
+    skeleton: Any, embeddings: Tensor, token: int, positions: Tensor | None = None
+) -> tuple[list[_Call], Tensor]:
+    inner = inner_model(skeleton)
+    calls: list[_Call] = []
+    recorders = nn.ModuleList(_Recorder(block, number, calls) for number, block in enumerate(inner.layers))
+    ids = torch.full(embeddings.shape[:2], token, device=embeddings.device)
+    own = {} if positions is None else {"position_ids": positions}
+    with _replaced(inner, embed_tokens=_Constant(embeddings), layers=recorders, norm=_AddTwo()):
+        return calls, inner(input_ids=ids, use_cache=False, **own).last_hidden_state
+
+
+@torch.no_grad()
+def arguments_at(skeleton: Any, embeddings: Tensor, positions: Tensor) -> list[dict[str, Any]]:
+    """The keyword arguments of each block for embeddings [B, T, H] at ``positions`` [B, T].
+
+    Positions that begin again begin a document that sees none before it: transformers' mask functions heed that where
+    there is no key-value cache and no other mask. That the pass is a chain of blocks is not checked again.
+    """
+    return [call.arguments for call in _run_recorded(skeleton, embeddings, 0, positions)[0]]
 
 
 @torch.no_grad()

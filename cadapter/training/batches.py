@@ -15,7 +15,7 @@ from cadapter.training.losses import LossSettings
 
 def _for_pipeline(batch: MicroBatch, rows: list[int], totals: StepTotals, settings: LossSettings) -> PipelineBatch:
     denominators = [settings.weighted_tokens(totals.positive, totals.negative), float(totals.neutral)]
-    inputs = (batch.input_ids, batch.classes, torch.tensor(rows, dtype=torch.int64))
+    inputs = (batch.input_ids, batch.classes, torch.tensor(rows, dtype=torch.int64), batch.positions)
     return inputs, (batch.labels, torch.tensor(denominators, dtype=torch.float32))
 
 

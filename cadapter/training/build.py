@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from cadapter import __version__
-from cadapter.classes import NEUTRAL
 from cadapter.config import Config
 from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
@@ -21,10 +20,11 @@ from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
+from cadapter.models.isolation import check_isolation
 from cadapter.models.layers import CarrierFormat, run_block
 from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
-from cadapter.terminal import note
+from cadapter.terminal import note, warn
 from cadapter.training.caching import prepare_in_turn
 from cadapter.training.distributed import GradientGroups, World, new_group, sum_over_world
 from cadapter.training.engine import Pipeline
@@ -88,16 +88,22 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     mode = mode_of(config, model)
     if config.init_from is not None and resume_from is None:
         mode.check_start(Path(config.init_from))
+    isolated = config.document_attention == "isolated"
+    if isolated:
+        check_isolation(model)
+    data = prepare_together(config, world)
     neutral = config.control_class0_lambda * config.class_weights.neutral > 0
-    has_neutral = any(dataset.control_class == NEUTRAL for dataset in config.datasets)
+    has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
+    if has_neutral and not neutral and any(dataset.class_field for dataset in config.datasets) and world.is_main:
+        warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
     carrier = CarrierFormat(
         penalty=mode.name == "control" and neutral and has_neutral,
         dropout=mode.name != "full" and config.lora_dropout > 0,
+        positions=isolated,
     )
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
     builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout), runner)
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
-    data = prepare_together(config, world)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
     return Plan(config, layout, data, model, mode, builder, bounds, steps)

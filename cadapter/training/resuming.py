@@ -26,7 +26,8 @@ EXCUSED_BY = {
     "sequences per step": {"micro_batch_size", "gradient_accumulation_steps", "pipeline_stages"},
     "training data": {
         "datasets", "sequence_len", "seed", "eval_fraction", "max_sequences", "drop_tails", "mix_datasets",
-        "mask_tokens", "sequence_prefix", "document_prefix", "document_suffix", "model_dir",
+        "mask_tokens", "sequence_prefix", "document_prefix", "document_suffix", "document_attention", "overlength",
+        "model_dir",
     },
 }  # fmt: skip
 """Facts of a run that may change where one of these keys is given with --set, which says that it is meant."""

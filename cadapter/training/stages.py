@@ -10,6 +10,7 @@ from torch import nn
 
 from cadapter.adapters.control import ClassTransforms, ControlledBlock
 from cadapter.models.execution import BlockRunner
+from cadapter.models.isolation import check_block
 from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer, run_block
 from cadapter.models.loading import CausalLM
 from cadapter.training.modes.base import Mode
@@ -63,7 +64,10 @@ class StageBuilder:
         return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier, self.model.device)
 
     def _block(self, index: int) -> nn.Module:
-        block = self.mode.wrap(self.model.block(index), index)
+        plain = self.model.block(index)
+        if self.carrier.positions:
+            check_block(self.model, plain, index)
+        block = self.mode.wrap(plain, index)
         if isinstance(block, ControlledBlock):
             self._classes.add(block.adapter)
         keep = self.recompute.block(index)

@@ -4,6 +4,7 @@ r"""How fast `cadapter train` is: a random model of a given shape, random text, 
     python tests/benchmarks/train_speed.py --shape tiny --steps 6       # a laptop's CPU
     python tests/benchmarks/train_speed.py --variant load_in_4bit=true \
         --variant use_control_adapters=false,datasets.1.control_class=1,lora_rank=64,lora_weight_decay=10
+    python tests/benchmarks/train_speed.py --variant 'document_attention="isolated"'    # documents of 1,000 tokens
 
 Prints tokens per second (median of the steps after the first two), TFLOP/s, the share of the floor that matrix
 products alone would take, peak memory and loading time, with the conditions. Numbers of different machines do not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ dataset_path = "a.txt"
 control_class = 2
 [[datasets]]
 text_feild = "t"
-messages_field = "m"
+overlength = "cut"
 """
     assert report(source, "epochs=0", "lora_rnk=3", "nonsense") == [
         'run.toml:1: modell_dir: unknown key; did you mean "model_dir"?',
@@ -107,7 +108,7 @@ messages_field = "m"
         "run.toml:11: datasets.0.control_class = 2: no such class; give 1 (enhance), -1 (suppress) or 0 (neutral)",
         "run.toml:12: datasets.1.dataset_path: missing; give a string that is not empty",
         'run.toml:13: datasets.1.text_feild: unknown key; did you mean "text_field"?',
-        'run.toml:14: datasets.1.messages_field = "m": not supported yet; remove the key',
+        'run.toml:14: datasets.1.overlength = "cut": no such choice; give "split", "truncate", "drop" or "error"',
         "run.toml: model_dir: missing; give a string that is not empty",
         "--set epochs=0: not allowed; give an integer of at least 1",
         '--set lora_rnk=3: unknown key; did you mean "lora_rank"?',
@@ -178,10 +179,9 @@ def test_wrong_values(report, line: str, says: str) -> None:
         ('text_field = ""', "not empty"),
         ("max_tokens = 0", "at least 1"),
         ("lr = 3", "it stands above the first [table]"),
-        ('messages_field = "m"', "not supported yet"),
-        ('class_field = "m"', "not supported yet"),
-        ('chosen_field = "m"', "not supported yet"),
-        ('rejected_field = "m"', "not supported yet"),
+        ('messages_field = ""', "not empty"),
+        ('rejected_field = "m"', "goes with chosen_field; give both"),
+        ('overlength = "whole"', "no such choice"),
     ],
 )
 def test_wrong_values_in_a_dataset(report, line: str, says: str) -> None:
@@ -189,6 +189,33 @@ def test_wrong_values_in_a_dataset(report, line: str, says: str) -> None:
     assert len(lines) == 1
     assert lines[0].startswith(f"run.toml:10: datasets.1.{line.split(' ')[0]}")
     assert says in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "says"),
+    [
+        ({"messages_field": "m", "text_field": "t"}, "messages_field", "remove this key or text_field"),
+        ({"chosen_field": "c"}, "chosen_field", "goes with rejected_field"),
+        ({"chosen_field": "c", "rejected_field": "r", "messages_field": "m"}, "chosen_field", "remove text_field and"),
+        ({"chosen_field": "c", "rejected_field": "r", "class_field": "k"}, "class_field", "what is chosen has class 1"),
+        ({"class_field": "k", "control_class": -1}, "control_class", "say their class themselves"),
+        ({"chosen_field": "c", "rejected_field": "r", "control_class": 0}, "control_class", "say their class"),
+    ],
+)
+def test_what_a_dataset_cannot_hold_at_once(report, keys: dict, key: str, says: str) -> None:
+    lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in keys.items())
+    (entry,) = report(REQUIRED + DATASET + lines)
+    assert f"datasets.0.{key} = " in entry
+    assert says in entry
+
+
+def test_pairs_and_classes_need_control_adapters(report) -> None:
+    tables = DATASET + 'chosen_field = "c"\nrejected_field = "r"\n' + DATASET + 'class_field = "k"\n'
+    lines = report(REQUIRED.replace("use_control_adapters = true", "use_control_adapters = false") + tables)
+    assert [line.split(" = ")[0] for line in lines] == [
+        "run.toml:8: datasets.0.chosen_field",
+        "run.toml:12: datasets.1.class_field",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +246,8 @@ def test_wrong_values_in_a_dataset(report, line: str, says: str) -> None:
         "control_gamma = 0.25",
         "control_form = 'symmetric'",
         "document_attention = 'packed'",
+        "document_attention = 'isolated'",
+        "overlength = 'truncate'",
         "full_fine_tune = false",
     ],
 )
@@ -229,7 +258,6 @@ def test_right_values(load, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "document_attention = 'isolated'",
         "attn_implementation = 'flex_attention'",
         "trust_remote_code = true",
     ],

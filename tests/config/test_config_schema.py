@@ -83,6 +83,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "mix_datasets": False,
         "drop_tails": False,
         "max_sequences": None,
+        "overlength": None,
         "trust_remote_code": False,
     }
     given = {"model_dir", "output_dir", "lr", "sequence_len", "use_control_adapters", "datasets"}
@@ -96,6 +97,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "class_field": None,
         "chosen_field": None,
         "rejected_field": None,
+        "overlength": None,
         "max_sequences": None,
         "max_tokens": None,
         "drop_tails": None,

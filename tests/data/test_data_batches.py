@@ -19,8 +19,9 @@ from cadapter.data.batches import (
     evaluation_batches,
     micro_batch,
 )
-from cadapter.data.packing import Layout, Pieces, pack
+from cadapter.data.packing import Layout, Pieces, in_a_row, pack
 from cadapter.data.sequences import PackedSequences
+from tests.data.test_data_packing import reader
 
 LENGTH = 8
 LAYOUTS = [(1, 1, 8), (1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (2, 4, 1)]
@@ -33,8 +34,11 @@ def sequences(count: int, seed: int = 0) -> PackedSequences:
     tokens = rng.integers(2, 30, count * (LENGTH - 1) - 3).astype(np.int32)
     cuts = np.sort(rng.choice(np.arange(1, len(tokens)), len(tokens) // 5, replace=False))
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(tokens)]
-    pieces = Pieces(starts, stops, rng.integers(-1, 2, len(starts)).astype(np.int8), np.zeros(len(starts), np.int16))
-    whole = next(pack(pieces, tokens, Layout(LENGTH, (1,), 0, (5, 6))))
+    classes = rng.integers(-1, 2, len(starts)).astype(np.int8)
+    pieces = Pieces(starts, stops, classes, np.zeros(len(starts), np.int16), np.zeros(len(starts), bool))
+    layout = Layout(LENGTH, (1,), 0)
+    placement = in_a_row(pieces, layout, np.zeros(len(pieces), bool))
+    whole = next(pack(placement, reader(tokens, ~np.isin(tokens, (5, 6))), layout))
     third = max(1, count // 3)
     return PackedSequences(
         [whole.select(np.arange(count)[low : low + third]) for low in range(0, count, third)], LENGTH
@@ -176,3 +180,57 @@ def test_rows_out_of_range() -> None:
     for index in (-1, 6):
         with pytest.raises(IndexError, match="0 to 5"):
             sequences(6).rows([0, index])
+
+
+# ---- isolated documents -------------------------------------------------------------------------------------------
+
+
+def isolated(prefix: tuple[int, ...]) -> tuple[PackedSequences, list[int]]:
+    """Documents of 3, 4 and 9 tokens of classes +1, 0 and −1 in sequences of 8; where each begins in the stream."""
+    lengths = np.array([3, 4, 9])
+    tokens = np.arange(10, 26, dtype=np.int32)
+    stops = np.cumsum(lengths)
+    pieces = Pieces(stops - lengths, stops, np.array([1, 0, -1], np.int8), np.zeros(3, np.int16), np.zeros(3, bool))
+    layout = Layout(8, prefix, 0, isolated=True)
+    placement = in_a_row(pieces, layout, np.zeros(3, bool))
+    blocks = list(pack(placement, reader(tokens, np.ones(16, bool)), layout))
+    return PackedSequences(blocks, 8), [0, 3, 7]
+
+
+def test_isolated_documents_by_hand() -> None:
+    packed, _ = isolated((1,))
+    assert packed.tokens.tolist() == [8, 8, 3]
+    batch = micro_batch(packed, np.array([0, 1, 2, FILLER]))
+    assert batch.input_ids[:3].tolist() == [
+        [1, 10, 11, 12, 13, 14, 15, 16], [1, 17, 18, 19, 20, 21, 22, 23], [1, 24, 25, 0, 0, 0, 0, 0]
+    ]  # fmt: skip
+    # The first document of a sequence has the prefix before it; padding is a document of its own.
+    assert batch.positions.tolist() == [
+        [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]
+    ]  # fmt: skip
+    none, nothing = -100, NO_CLASS
+    # What predicts the first token of the second document would have to see the first.
+    assert batch.classes[:3].tolist() == [
+        [1, 1, 1, nothing, 0, 0, 0, nothing], [-1] * 7 + [nothing], [-1, -1] + [nothing] * 6
+    ]  # fmt: skip
+    assert batch.labels[:3].tolist() == [
+        [10, 11, 12] + [none] * 5, [17, 18, 19, 20, 21, 22, 23, none], [24, 25] + [none] * 6
+    ]  # fmt: skip
+    assert packed.counts.tolist() == [[3, 0, 3], [0, 7, 0], [0, 2, 0]]
+
+
+def test_without_a_prefix_no_first_token_of_a_document_is_trained() -> None:
+    packed, _ = isolated(())
+    batch = micro_batch(packed, np.array([0, 1]))
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert batch.labels.tolist() == [
+        [11, 12, -100, -100, -100, -100, -100, -100],
+        [18 + k for k in range(1, 8)] + [-100],
+    ]
+    assert packed.counts.tolist() == [[2, 0, 3], [0, 7, 0]]
+    assert packed.rows([0])[2].tolist() == [[True] * 3 + [False] + [True] * 3 + [False]]
+
+
+def test_packed_documents_have_one_count_of_positions() -> None:
+    batch = micro_batch(sequences(5), np.array([0, 4, FILLER]))
+    assert batch.positions.tolist() == [list(range(LENGTH))] * 3

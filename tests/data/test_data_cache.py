@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from cadapter.config import Config
-from cadapter.data import PreparedData, prepare_data
-from cadapter.data.cache import DOCUMENTS, EVALUATION, FOLDER, MANIFEST, TRAIN
+from cadapter.data import PreparedData, cache, prepare_data
+from cadapter.data.cache import DOCUMENTS, EVALUATION, FILES, FOLDER, MANIFEST, TRAIN
 from cadapter.errors import CadapterError, UsageError
 from tests.data.conftest import MakeConfig, write_jsonl
 from tests.tiny_tokenizer import BOS, make_tokenizer
@@ -49,9 +49,7 @@ def test_new_then_hit(file: Path, make_config: MakeConfig) -> None:
     assert found.fingerprint == built.fingerprint
     assert found.directories == built.directories
     assert [path.name for path in file.parent.iterdir() if path != file] == [FOLDER]
-    assert sorted(path.name for path in built.directories[0].iterdir()) == sorted(
-        [TRAIN, EVALUATION, DOCUMENTS, MANIFEST]
-    )
+    assert sorted(path.name for path in built.directories[0].iterdir()) == sorted([*FILES, MANIFEST])
 
 
 def test_a_hit_loads_no_tokenizer(file: Path, make_config: MakeConfig) -> None:
@@ -87,6 +85,11 @@ def test_what_the_contents_do_not_depend_on(file: Path, make_config: MakeConfig,
         ({"sequence_prefix": "x"}, {}, "option changed: sequence_prefix"),
         ({"document_prefix": 3}, {}, "option changed: document_prefix"),
         ({"document_suffix": ""}, {}, "option changed: document_suffix"),
+        ({"document_attention": "isolated"}, {}, "option changed: document_attention"),
+        ({"overlength": "truncate"}, {}, "option changed: overlength"),
+        ({}, {"overlength": "truncate"}, "option changed: overlength"),
+        ({}, {"class_field": "class"}, "option changed: class_field"),
+        ({}, {"chosen_field": "text", "rejected_field": "body"}, "option changed: chosen_field, "),
         ({"mask_tokens": True}, {}, "option changed: mask_tokens"),
         ({"mask_tokens": 2}, {}, "option changed: mask_tokens"),
         ({"seed": 43}, {}, "option changed: seed"),
@@ -104,11 +107,13 @@ def test_options_that_matter(
     tmp_path: Path, make_config: MakeConfig, keys: dict[str, Any], dataset: dict[str, Any], reason: str
 ) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"text": text, "body": text[::-1]}) + "\n" for text in TEXTS))
+    records = [{"text": text, "body": text[::-1], "class": -1} for text in TEXTS]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     table = {"dataset_path": str(file)}
     before = prepare_data(make_config([table]))
     after = prepare_data(make_config([{**table, **dataset}], **keys))
-    assert (after.reports[0].cache_hit, after.reports[0].cache_reason) == (False, reason)
+    assert not after.reports[0].cache_hit
+    assert after.reports[0].cache_reason.startswith(reason)
     assert after.fingerprint != before.fingerprint
     assert outcome(make_config([table])) == "hit"
 
@@ -197,7 +202,7 @@ def test_an_interrupted_build_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("cadapter.data.cache.write_documents", interrupt)
+        patched.setattr("cadapter.data.arrow.write_documents", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_data(make_config({file: 1}))
     assert list(file.parent.iterdir()) == [file]
@@ -269,6 +274,18 @@ def test_a_place_that_cannot_be_written(
     assert outcome(config) == "hit"
 
 
+def test_a_dataset_folder_that_cannot_be_written(
+    tmp_path: Path, file: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without cache_dir; a file in the folder's place stands for a disk that is read only, which root could write."""
+    (file.parent / FOLDER).write_text("")
+    data = prepare_data(make_config({file: 1}))
+    user = tmp_path / "user-cache" / "cadapter"
+    assert data.directories[0].parent == user
+    assert f"The cache goes to {user}, since {file.parent / FOLDER}: " in capsys.readouterr().out
+    assert outcome(make_config({file: 1})) == "hit"
+
+
 def test_no_place_at_all(tmp_path: Path, file: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "occupied").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "occupied"))
@@ -294,3 +311,38 @@ def test_rows_of_several_streams(tmp_path: Path, make_config: MakeConfig) -> Non
     for joint, separate in zip(data.train.rows(order), parts, strict=True):
         assert np.array_equal(joint, np.concatenate(separate)[order])
     assert np.array_equal(data.train.counts, np.concatenate([part.counts for part in alone]))
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    file: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bytes are known by size, times and inode, once these are old enough to be relied on."""
+    config = make_config({file: 1})
+    read = []
+    hash_of = cache.file_hash
+    monkeypatch.setattr(cache, "file_hash", lambda path: read.append(path) or hash_of(path))
+
+    def prepare_again() -> int:
+        read.clear()
+        assert outcome(config) == "hit"
+        return len(read)
+
+    prepare_data(config)
+    assert prepare_again() == 1  # written a moment ago
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
+    prepare_data(config, force=True)
+    assert prepare_again() == 0
+    file.touch()
+    assert prepare_again() == 1
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes().replace(b"fox", b"cat"))
+    assert file.stat().st_size == size
+    assert outcome(config) == "file changed: a.jsonl"
+
+
+def test_the_chat_template_matters(tmp_path: Path, file: Path, make_config: MakeConfig) -> None:
+    make_tokenizer(tmp_path / "model")
+    config = make_config({file: 1}, model_dir=str(tmp_path / "model"))
+    prepare_data(config)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    assert outcome(config) == "tokenizer changed"

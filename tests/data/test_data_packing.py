@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cadapter.classes import NO_CLASS
-from cadapter.data.packing import DOCUMENT_START, TRAINED, Layout, Pieces, SequenceBlock, pack, trim
+from cadapter.data.packing import DOCUMENT_START, TRAINED, Layout, Pieces, Read, SequenceBlock, in_a_row, pack
 
 EOS = 2
 
@@ -23,6 +23,7 @@ class Case:
     drop_tails: list[bool]
     layout: Layout
     drop_last: bool
+    masked: tuple[int, ...] = ()
 
 
 def random_case(seed: int) -> Case:
@@ -36,8 +37,19 @@ def random_case(seed: int) -> Case:
     pad = rng.choice([0, EOS])  # pad = EOS must hide no EOS
     masked = rng.choice([(), (3,), (2, 5)])
     drop_tails = [rng.random() < 0.5] * count if rng.random() < 0.7 else [rng.random() < 0.5 for _ in range(count)]
-    layout = Layout(rng.choice([8, 11]), prefix, pad, masked)
-    return Case(documents, [rng.choice([1, -1, 0]) for _ in range(count)], drop_tails, layout, rng.random() < 0.5)
+    layout = Layout(rng.choice([8, 11]), prefix, pad)
+    classes = [rng.choice([1, -1, 0]) for _ in range(count)]
+    return Case(documents, classes, drop_tails, layout, rng.random() < 0.5, masked)
+
+
+def reader(tokens: np.ndarray, trained: np.ndarray) -> Read:
+    """Reads from arrays in memory."""
+
+    def read(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return tuple(np.concatenate([array[:0], *(array[part] for part in parts)]) for array in (tokens, trained))
+
+    return read
 
 
 def packed(case: Case) -> SequenceBlock:
@@ -45,9 +57,13 @@ def packed(case: Case) -> SequenceBlock:
     lengths = np.array([len(document) for document in case.documents])
     tokens = np.array([7, 7, 7, *(id_ for document in case.documents for id_ in document)], np.int32)
     stops = 3 + np.cumsum(lengths)
-    pieces = Pieces(stops - lengths, stops, np.array(case.classes, np.int8), np.zeros(len(lengths), np.int16))
-    pieces = trim(pieces, tokens, case.layout, np.array(case.drop_tails))
-    return joined(list(pack(pieces, tokens, case.layout, case.drop_last)), case.layout.sequence_len)
+    prefix = list(case.layout.prefix)
+    repeats = np.array([bool(prefix) and document[: len(prefix)] == prefix for document in case.documents])
+    classes = np.array(case.classes, np.int8)
+    pieces = Pieces(stops - lengths, stops, classes, np.zeros(len(lengths), np.int16), repeats)
+    placement = in_a_row(pieces, case.layout, np.array(case.drop_tails))
+    read = reader(tokens, ~np.isin(tokens, case.masked))
+    return joined(list(pack(placement, read, case.layout, case.drop_last)), case.layout.sequence_len)
 
 
 def joined(blocks: list[SequenceBlock], length: int) -> SequenceBlock:
@@ -77,7 +93,7 @@ def naive_pack(case: Case) -> list[list[Token]]:
             if drop and was_cut and current == opening and len(rest) < length - len(prefix):
                 break
             id_ = rest.pop(0)
-            current.append((id_, class_, id_ not in case.layout.masked, first))
+            current.append((id_, class_, id_ not in case.masked, first))
             first = False
             if len(current) == length:
                 sequences.append(current)

@@ -5,16 +5,34 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cadapter.data.sources import read_documents, resolve_files
+from cadapter.data.records import Document, Fields, documents_of
+from cadapter.data.sources import read_records, resolve_files
 from cadapter.errors import UsageError
 
 TEXTS = ["first", "zweitens: äöü 🦊", "third\nwith two lines", ""]
+
+
+def read_documents(files: list[Path], text_field: str = "text", control_class: int = 1) -> Iterator[Document]:
+    """The documents of files of plain text."""
+    fields = Fields(text_field)
+    for record in read_records(files, fields.needed):
+        yield from documents_of(record, fields, control_class, no_chat)
+
+
+def no_chat(*_: object) -> Any:
+    raise AssertionError("no chat here")
+
+
+def where(file: Path, *places: object) -> list[str]:
+    return [f"{file}, {place}" for place in places]
 
 
 def write(file: Path, texts: list[str]) -> Path:
@@ -46,13 +64,16 @@ def test_records(tmp_path: Path, ending: str, compression: str) -> None:
     file = write(tmp_path / f"texts{ending}{compression}", TEXTS)
     documents = list(read_documents(resolve_files(str(file)), control_class=-1))
     assert [document.text for document in documents] == TEXTS
-    assert [document.index for document in documents] == [1, 2, 3, 4]
-    assert {(document.control_class, document.source) for document in documents} == {(-1, file)}
+    kind = "line" if ending == ".jsonl" else "record"
+    assert [document.where for document in documents] == where(file, *(f"{kind} {number}" for number in (1, 2, 3, 4)))
+    assert {document.control_class for document in documents} == {-1}
 
 
 def test_parquet(tmp_path: Path) -> None:
     file = write(tmp_path / "texts.parquet", TEXTS)
-    assert [(document.index, document.text) for document in read_documents([file])] == list(enumerate(TEXTS, 1))
+    documents = list(read_documents([file]))
+    assert [document.text for document in documents] == TEXTS
+    assert [document.where for document in documents] == where(file, *(f"row {number}" for number in (1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize("type_", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -64,7 +85,7 @@ def test_parquet_string_types(tmp_path: Path, type_: pa.DataType) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "A.TXT"])
 def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, ["two\nlines ü"])
-    assert [(document.text, document.index) for document in read_documents([file])] == [("two\nlines ü", 1)]
+    assert [(document.text, document.where) for document in read_documents([file])] == [("two\nlines ü", str(file))]
 
 
 def test_gzip_of_several_members(tmp_path: Path) -> None:
@@ -88,10 +109,9 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
-    assert [(document.index, document.text) for document in read_documents([tmp_path / "a.jsonl"])] == [
-        (1, "a"),
-        (4, "b"),
-    ]
+    documents = list(read_documents([tmp_path / "a.jsonl"]))
+    assert [document.text for document in documents] == ["a", "b"]
+    assert [document.where for document in documents] == where(tmp_path / "a.jsonl", "line 1", "line 4")
 
 
 def test_text_field(tmp_path: Path) -> None:
@@ -178,3 +198,59 @@ def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
     assert next(documents).text == "a"
     with pytest.raises(UsageError, match="line 2"):
         next(documents)
+
+
+# ---- records that are left out ------------------------------------------------------------------------------------
+
+BAD = {
+    ".jsonl": (
+        b'{"text": "a"}\n{"text": 3}\nnothing\n[1]\n{"text": "\xff"}\n{}\n{"text": "b"}\n{"text": "\\ud800"}\n',
+        ["line 2", "line 3", "line 4", "line 5", "line 6", "line 8"],
+    ),
+    ".json": (
+        b'[{"text": "a"}, {"text": null}, 5, {"body": "c"}, {"text": "b"}]',
+        ["record 2", "record 3", "record 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", BAD)
+def test_bad_records_are_told_of_and_the_others_read(tmp_path: Path, ending: str) -> None:
+    data, places = BAD[ending]
+    file = tmp_path / f"a{ending}"
+    file.write_bytes(data)
+    assert read_all(file) == (["a", "b"], where(file, *places))
+
+
+def read_all(file: Path) -> tuple[list[str], list[str]]:
+    """The texts of a file, and the places of its bad records."""
+    told: list[str] = []
+    texts = []
+    fields = Fields()
+    for record in read_records([file], fields.needed, on_bad=lambda error: told.append(str(error))):
+        try:
+            texts += [document.text for document in documents_of(record, fields, 1, no_chat)]
+        except UsageError as error:
+            told.append(str(error))
+    return texts, [line.split(": ")[0] for line in told]
+
+
+def test_bad_rows_of_parquet(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", None, "b"]}), file)
+    assert read_all(file) == (["a", "b"], where(file, "row 2"))
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffb"))}), file)
+    assert read_all(file) == (["a", "b"], where(file, "row 2"))
+
+
+def test_an_enormous_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadapter.data.sources.LONGEST_LINE", 1 << 20)
+    file = tmp_path / "a.jsonl"
+    line = json.dumps({"text": "x" * (3 << 20)})
+    file.write_text(f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n')
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 2: the line is longer than 1 MiB"):
+        list(read_documents([file]))
+    assert read_all(file) == (["a", "b"], where(file, "line 2"))
+    file.write_text(line[: (1 << 20) - 3] + '"}')  # just as long as is allowed
+    assert len(read_all(file)[0]) == 1

@@ -79,3 +79,30 @@ def test_max_tokens(limit: int) -> None:
         if (start, stop) != (0, 10 + document % 7)
     ]
     assert len(set(cut)) <= 1  # at most one document is cut, or, where it is alone, split
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_documents_with_one_key_are_held_out_together(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 12, 40).astype(np.uint64)
+    train, evaluation = split_documents(np.full(40, 10), keys, float(rng.choice([0.02, 0.3, 0.9])))
+    assert not set(keys[train.documents].tolist()) & set(keys[evaluation.documents].tolist())
+    assert len(train.documents) > 0
+    assert len(evaluation.documents) > 0
+    assert sorted([*train.documents, *evaluation.documents]) == list(range(40))
+
+
+def test_one_key_cannot_be_split() -> None:
+    train, evaluation = split_documents(np.full(2, 10), np.zeros(2, np.uint64), 0.5)
+    assert (len(train.documents), len(evaluation.documents)) == (2, 0)
+
+
+@pytest.mark.parametrize("limit", [1, 35, 100, 101, 399, 400, 1000])
+def test_max_tokens_of_whole_documents(limit: int) -> None:
+    """Pairs of 10 and 20 tokens: either both or neither."""
+    lengths, keys = np.tile([10, 20], 20), np.repeat(keys_of([f"pair {number}" for number in range(20)]), 2)
+    train, evaluation = split_documents(lengths, keys, 0.2, limit, whole=True)
+    assert train.tokens + evaluation.tokens == min(limit, 600) // 30 * 30
+    assert (train.starts == 0).all()
+    assert train.stops.tolist() == lengths[train.documents].tolist()
+    assert sorted(keys[train.documents].tolist())[::2] == sorted(keys[train.documents].tolist())[1::2]

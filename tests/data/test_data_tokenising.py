@@ -19,7 +19,7 @@ from tests.tiny_tokenizer import BOS, EOS, PAD, SENTENCES, make_tokenizer
 def options(**keys: Any) -> SimpleNamespace:
     """The part of a Config that :meth:`Tokenizer.framing` reads."""
     none = dict.fromkeys(("sequence_prefix", "document_prefix", "document_suffix", "mask_tokens"))
-    return SimpleNamespace(**{**none, "sequence_len": 64, **keys})
+    return SimpleNamespace(**{**none, "document_attention": "packed", "sequence_len": 64, **keys})
 
 
 @pytest.fixture(scope="module")

@@ -51,15 +51,16 @@ def loss_of(outputs: HeadInputs, ids: torch.Tensor) -> torch.Tensor:
 # ---- what crosses a stage boundary --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("penalty", "dropout"), list(itertools.product([False, True], repeat=2)))
-def test_a_carrier_survives_the_boundary_and_floats_come_first(penalty, dropout):
+@pytest.mark.parametrize(("penalty", "dropout", "positions"), list(itertools.product([False, True], repeat=3)))
+def test_a_carrier_survives_the_boundary_and_floats_come_first(penalty, dropout, positions):
     carrier = Carrier(
         torch.randn(2, 3, 4),
         torch.ones(2, 3, dtype=torch.int8),
         torch.ones(1) if penalty else None,
         torch.arange(2) if dropout else None,
+        torch.arange(3).repeat(2, 1) if positions else None,
     )
-    carrier_format = CarrierFormat(penalty, dropout)
+    carrier_format = CarrierFormat(penalty, dropout, positions)
     parts = carrier_format.pack(carrier)
     assert type(parts) is tuple
     assert all(isinstance(part, torch.Tensor) for part in parts)
