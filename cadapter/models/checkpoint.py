@@ -143,11 +143,12 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> None:
         try:
-            offsets = _offsets(self.directory / file)
+            header, start = safetensors_header(self.directory / file)
             with safe_open(self.directory / file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                     part = shard.get_slice(name)
-                    self._info[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype(), offsets[name])
+                    offset = start + header[name]["data_offsets"][0]
+                    self._info[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype(), offset)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.directory / file} is damaged: {error}.\nDownload it again.") from error
 
@@ -239,11 +240,14 @@ class Checkpoint:
         return found
 
 
-def _offsets(file: Path) -> dict[str, int]:
-    """The first byte of each tensor of a safetensors file: a count of 8 bytes, a JSON header of that length, data."""
+def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, and the byte behind it, from which its offsets count.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or has no such header.
+    """
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size:
+        if length > file.stat().st_size - 8:
             raise ValueError("its header is longer than the file")
-        header = json.loads(opened.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+        return json.loads(opened.read(length)), 8 + length
