@@ -15,9 +15,8 @@ The symmetric form, ``W = Q·diag(expm1(S))·Qᵀ`` with orthonormal columns of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,10 +91,14 @@ def initial_directions(seed: int, layer: int, name: str, rank: int, hidden_size:
 class ControlAdapter(nn.Module):
     """The adapter of one layer; its two forms differ in their parameters and in T_c."""
 
-    def __init__(self, layer: int, settings: ControlSettings) -> None:
+    place: Tensor
+
+    def __init__(self, layer: int, settings: ControlSettings, device: Any = "cpu") -> None:
         super().__init__()
         self.settings = settings
         self.layer = layer
+        # What dropout's masks are a function of: a tensor, since compiled code would treat each number by itself.
+        self.register_buffer("place", torch.tensor(2 * layer, device=device), persistent=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, H] and B [H, r] in float32, in which everything is worked out."""
@@ -114,19 +117,20 @@ class ControlAdapter(nn.Module):
         return [(POSITIVE, self.enhancing()), (NEGATIVE, self.suppressing())]
 
     def forward(self, delta: Tensor, codes: Tensor, transforms: Sequence[Transform]) -> Tensor:
-        """Return y = s·B·T_c·(A·Δh), [.., H] in float32.
+        """Return y = s·B·T_c·(A·Δh), [.., H] in the dtype of Δh.
 
         Args:
-            delta: Δh, [.., H].
+            delta: Δh, [.., H]. The products with A and B take their inputs in its dtype; what happens between them,
+                in r dimensions, is done in float32.
             codes: [..], which of ``transforms`` each position receives; a code that is not among them gets y = 0.
             transforms: the matrices by code.
         """
         A, B = self.factors()
-        reduced = delta.float() @ A.T
+        reduced = (delta @ A.to(delta.dtype).T).float()
         chosen = torch.zeros_like(reduced)
         for code, T in transforms:
             chosen = torch.where((codes == code).unsqueeze(-1), _transformed(reduced, T), chosen)
-        return chosen @ (self.settings.scale * B).T
+        return chosen.to(delta.dtype) @ (self.settings.scale * B).to(delta.dtype).T
 
     def neutral_penalty(self, delta: Tensor, classes: Tensor) -> Tensor:
         """Return Σ ‖W·Δh‖² / max(‖Δh‖², 1e-6) over the positions of class 0, a scalar.
@@ -153,7 +157,7 @@ class GeneralAdapter(ControlAdapter):
     """W = s·B·A with A [r, H] and B [H, r], which is zero at first, so that training starts at the identity."""
 
     def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
-        super().__init__(layer, settings)
+        super().__init__(layer, settings, device)
         first = initial_factor(seed, layer, "control_A", settings.rank, hidden_size)
         self.control_A = nn.Parameter(first.to(device, settings.dtype))
         self.control_B = nn.Parameter(torch.zeros(hidden_size, settings.rank, device=device, dtype=settings.dtype))
@@ -167,17 +171,14 @@ class GeneralAdapter(ControlAdapter):
 
     def suppressing(self) -> Tensor:
         """The exact inverse, or its Neumann series."""
-        middle = core(*self.factors(), self.settings.scale)
-        if self.settings.inverse == "exact":
-            return exact_inverse(middle)
-        return neumann_inverse(middle, self.settings.neumann_order)
+        return suppressing([self])[0]
 
 
 class SymmetricAdapter(ControlAdapter):
     """W = Q·diag(expm1(S))·Qᵀ with orthonormal columns of Q [H, r], and S [r], which is zero at first."""
 
     def __init__(self, hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any = "cpu") -> None:
-        super().__init__(layer, settings)
+        super().__init__(layer, settings, device)
         first = initial_directions(seed, layer, "control_Q", settings.rank, hidden_size)
         self.control_Q = nn.Parameter(first.to(device, settings.dtype))
         self.control_S = nn.Parameter(torch.zeros(settings.rank, device=device, dtype=settings.dtype))
@@ -194,6 +195,45 @@ class SymmetricAdapter(ControlAdapter):
     def suppressing(self) -> Tensor:
         """The diagonal expm1(−S): ``I + W`` with −S is the inverse."""
         return torch.expm1(-self.control_S.float())
+
+
+class ClassTransforms:
+    """The transforms of the classes for all adapters of a stage, worked out together: once in a forward pass.
+
+    Alone, each would cost dozens of small operations on the GPU, forward and backward.
+    """
+
+    def __init__(self) -> None:
+        self._adapters: list[ControlAdapter] = []
+        self._made: dict[int, list[Transform]] = {}
+
+    def add(self, adapter: ControlAdapter) -> None:
+        """Have one more adapter; they are passed in the order in which they are added."""
+        self._adapters.append(adapter)
+
+    def of(self, adapter: ControlAdapter) -> list[Transform]:
+        """The T of the classes +1 and −1 of one adapter; the first one's turn starts a pass."""
+        if self._adapters and adapter is self._adapters[0]:
+            self._made = self._work_out()
+        made = self._made.pop(adapter.layer, None)
+        return adapter.class_transforms() if made is None else made
+
+    def _work_out(self) -> dict[int, list[Transform]]:
+        together = [each for each in self._adapters if isinstance(each, GeneralAdapter)]
+        if len(together) < 2:
+            return {}
+        inverses = suppressing(together).unbind()
+        return {each.layer: [(POSITIVE, None), (NEGATIVE, T)] for each, T in zip(together, inverses, strict=True)}
+
+
+def suppressing(adapters: Sequence[GeneralAdapter]) -> Tensor:
+    """T of class −1 of adapters that have their settings in common, [adapters, r, r]."""
+    settings = adapters[0].settings
+    A, B = (torch.stack(factors) for factors in zip(*(each.factors() for each in adapters), strict=True))
+    middle = core(A, B, settings.scale)
+    if settings.inverse == "exact":
+        return exact_inverse(middle)
+    return neumann_inverse(middle, settings.neumann_order)
 
 
 def new_adapter(hidden_size: int, layer: int, settings: ControlSettings, seed: int, device: Any) -> ControlAdapter:
@@ -214,10 +254,69 @@ class _Pass:
     written: list[Tensor]
 
 
+class _Current:
+    """The pass that a controlled block is in, for its taps to see; None between passes."""
+
+    pass_: _Pass | None = None
+
+
+class _Tap(nn.Module):
+    """Stands in for a module of a block that writes to the residual stream, and shows what it writes.
+
+    A module and no forward hook: a compiled block is shared by all layers, and hooks would tell the layers apart.
+    """
+
+    def __init__(self, module: nn.Module, place: int, adapter: ControlAdapter, current: _Current) -> None:
+        super().__init__()
+        self.module = module
+        self.place = place
+        self._adapter = [adapter]  # in a list: not a submodule
+        self._current = current
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what only the module has, such as its weights."""
+        return attribute_of(self, "module", name, super().__getattr__)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Note what is written, or change it, as the site says."""
+        output = self.module(*args, **kwargs)
+        state, adapter = self._current.pass_, self._adapter[0]
+        if state is None:
+            return output
+        written = output[0] if isinstance(output, tuple) else output
+        if adapter.settings.site == "block":
+            state.written.append(written)
+            return output
+        if adapter.settings.site == "mlp" and self.place != PLACE_OF_MLP:
+            return output
+        changed = written + _change(adapter, state, written, self.place, written.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def attribute_of(module: nn.Module, wrapped: str, name: str, usual: Callable[[str], Any]) -> Any:
+    """The attribute ``name`` of ``module``, or what the module wrapped in it, its attribute ``wrapped``, has."""
+    try:
+        return usual(name)
+    except AttributeError:
+        if name == wrapped:  # while the module is being made, or unpickled
+            raise
+        return getattr(usual(wrapped), name)
+
+
+def _change(adapter: ControlAdapter, state: _Pass, delta: Tensor, place: int, dtype: torch.dtype) -> Tensor:
+    """y for Δh, with products in ``dtype``; the neutral loss is added up on the way."""
+    if state.penalise_neutral:
+        state.penalty = state.penalty + adapter.neutral_penalty(delta, state.codes)
+    if adapter.training and state.dropout_rows is not None:
+        mask = keep_mask(state.dropout_rows, adapter.place + place, delta.shape, adapter.settings.dropout)
+        delta = delta.float() * mask
+    return adapter(delta.to(dtype), state.codes, state.transforms)
+
+
 class ControlledBlock(nn.Module):
     """A decoder block with a Control Adapter around it; it stands in for the block wherever the block is called.
 
-    The adapter acts on what the block's two modules write to the residual stream, seen through forward hooks:
+    The adapter acts on what the block's two modules write to the residual stream, which taps in their places show:
 
     * site "block": on the sum of what the family's facts say is added, after the block (on block output − block
       input where they do not say it);
@@ -225,7 +324,7 @@ class ControlledBlock(nn.Module):
     * site "writes": on what the attention and the MLP write, each on its own.
 
     Args:
-        block: the decoder block; hooks are put on its modules.
+        block: the decoder block; taps are put around its modules.
         adapter: of this layer.
         family: the facts of the block.
         residual_scale: what the block multiplies the outputs of its modules by before it adds them.
@@ -238,19 +337,14 @@ class ControlledBlock(nn.Module):
         self.residual_scale = residual_scale
         self.sums_branches = family.added is not None
         self.fixed: Sequence[Transform] | None = None
-        self._pass: _Pass | None = None
+        self._current = _Current()
         seen = family.added if adapter.settings.site == "block" else MODULES
         for place, name in enumerate(seen or ()):
-            getattr(block, name).register_forward_hook(partial(self._after, place))
+            setattr(block, name, _Tap(getattr(block, name), place, adapter, self._current))
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the block has, such as the ``attention_type`` that some models read from their layers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "block":  # while the module is being made, or unpickled
-                raise
-            return getattr(super().__getattr__("block"), name)
+        return attribute_of(self, "block", name, super().__getattr__)
 
     @property
     def applications(self) -> int:
@@ -295,41 +389,18 @@ class ControlledBlock(nn.Module):
             args, kwargs: what else the block is called with.
         """
         state = _Pass(codes, transforms, dropout_rows, penalise_neutral, hidden.new_zeros((), dtype=torch.float32), [])
-        self._pass = state
+        self._current.pass_ = state
         try:
             output = self.block(hidden, *args, **kwargs)
         finally:
-            self._pass = None
+            self._current.pass_ = None
         if self.adapter.settings.site == "block":
             if self.sums_branches:
                 delta = self.residual_scale * sum_of(state.written)
             else:
                 delta = output.float() - hidden.float()
-            output = (output.float() + self._change(state, delta, 0)).to(output.dtype)
+            output = output + _change(self.adapter, state, delta, 0, output.dtype)
         return output, state.penalty
-
-    def _change(self, state: _Pass, delta: Tensor, place: int) -> Tensor:
-        delta = delta.float()
-        if state.penalise_neutral:
-            state.penalty = state.penalty + self.adapter.neutral_penalty(delta, state.codes)
-        if self.training and state.dropout_rows is not None:
-            rate = self.adapter.settings.dropout
-            delta = delta * keep_mask(state.dropout_rows, 2 * self.adapter.layer + place, delta.shape, rate)
-        return self.adapter(delta, state.codes, state.transforms)
-
-    def _after(self, place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Forward hook of the block's two modules: note what is written, or change it, as the site says."""
-        if self._pass is None:
-            return None
-        written = output[0] if isinstance(output, tuple) else output
-        site = self.adapter.settings.site
-        if site == "block":
-            self._pass.written.append(written)
-            return None
-        if site == "mlp" and place != PLACE_OF_MLP:
-            return None
-        changed = (written.float() + self._change(self._pass, written, place)).to(written.dtype)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 def sum_of(written: Sequence[Tensor]) -> Tensor:

@@ -30,12 +30,13 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ (value >> 15)
 
 
-def keep_mask(rows: Tensor, place: int, shape: Sequence[int], rate: float) -> Tensor:
+def keep_mask(rows: Tensor, place: int | Tensor, shape: Sequence[int], rate: float) -> Tensor:
     """Return the mask [B, T, H] by which Δh is multiplied: 0 with probability ``rate``, else 1 / (1 − rate).
 
     Args:
         rows: [B] int64, one number per row (see :func:`row_seeds`).
-        place: which application of which layer this is.
+        place: which application of which layer this is, below 2^30: a number, or an int64 tensor of one, whose value
+            compiled code need not know.
         shape: [B, T, H].
         rate: the dropout probability, in [0, 1).
     """

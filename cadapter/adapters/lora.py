@@ -1,11 +1,12 @@
-"""LoRA on the linear layers (and, where asked for, the fused experts) of a decoder block, through PEFT.
+"""LoRA on the linear layers (and, where asked for, the fused experts) of a decoder block.
 
 A linear layer y = W·x becomes
 
     y = W·x + s·B·(A·(m ∘ x)),    s = alpha / r
 
-with A [r, in], B [out, r] and dropout's mask m (1 outside of training). PEFT's layers do the work; where they start
-(A Kaiming-uniform, B zero) and what is dropped are functions of the run's seed and of names, not of the layout.
+with A [r, in], B [out, r] and dropout's mask m (1 outside of training). It is what PEFT's layers compute; experts have
+PEFT's own. Products with A and B take their inputs in the dtype of x, as W·x does. Where factors start (A
+Kaiming-uniform, B zero) and what is dropped are functions of the run's seed and of names, not of the layout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cadapter.adapters.control import initial_factor
+from cadapter.adapters.control import attribute_of, initial_factor
 from cadapter.adapters.dropout import keep_mask
 from cadapter.adapters.lora_targets import Targets
 from cadapter.errors import CadapterError
@@ -91,10 +92,13 @@ class RowDropout(nn.Module):
         call: where the numbers of the rows are found.
     """
 
-    def __init__(self, rate: float, place: int, call: _Call) -> None:
+    place: Tensor
+
+    def __init__(self, rate: float, place: int, call: _Call, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.rate = rate
-        self.place = place
+        # A tensor, since compiled code would treat each number by itself.
+        self.register_buffer("place", torch.tensor(place, device=device), persistent=False)
         self._call = call
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -106,23 +110,52 @@ class RowDropout(nn.Module):
         return inputs * keep_mask(rows, self.place, by_row.shape, self.rate).view_as(inputs).to(inputs.dtype)
 
 
+class LoraLinear(nn.Module):
+    """A linear layer with a pair of factors beside it.
+
+    Args:
+        base_layer: a linear layer, frozen; its weight may be in 4 bits.
+        settings: rank, scale, dtype of the factors.
+        first: A's initial value, [r, in].
+        dropout: of what A reads; None: none.
+    """
+
+    def __init__(self, base_layer: nn.Linear, settings: LoraSettings, first: Tensor, dropout: nn.Module | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.scale = settings.scale
+        self.on = True
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(first)
+        self.lora_B = nn.Parameter(first.new_zeros(base_layer.out_features, settings.rank))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """W·x + s·B·(A·(m ∘ x)) for inputs [.., in], or W·x alone where it is switched off."""
+        output = self.base_layer(inputs)
+        if not self.on:
+            return output
+        dropped = inputs if self.dropout is None else self.dropout(inputs)
+        reduced = self.scale * (dropped @ self.lora_A.to(inputs.dtype).T)  # here, where there are few numbers
+        return output + reduced @ self.lora_B.to(inputs.dtype).T
+
+
 class LoraBlock(nn.Module):
     """A decoder block with LoRA in it; it stands in for the block wherever the block is called.
 
     The block is changed in place and frozen, but for the factors: these are of the settings' dtype, on its device.
 
     Args:
-        block: with its weights, in 4 bits (``is_loaded_in_4bit``) or not.
+        block: with its weights, in 4 bits or not.
         layer: its number in the model.
         targets: what LoRA goes to; not empty.
         settings: of all pairs.
         seed: of the run.
 
     Attributes:
-        paths: where PEFT put its layers: module names within the block by target.
+        paths: where the adapted modules are as PEFT names them: module names within the block by target.
 
     Raises:
-        CadapterError: PEFT cannot put LoRA on a target.
+        CadapterError: a target is nothing that LoRA can be put on.
     """
 
     def __init__(self, block: nn.Module, layer: int, targets: Targets, settings: LoraSettings, seed: int) -> None:
@@ -134,38 +167,40 @@ class LoraBlock(nn.Module):
         places = {name: place for place, (name, _) in enumerate(block.named_modules())}
         device = next(block.parameters()).device
         block.requires_grad_(False)
-        _inject(block, layer, targets, settings)
-        found = list(_adapted_modules(block, layer, targets))
-        self.paths = {name: path for name, path, _ in found}
-        self._adapted = {name: module for name, _, module in found}
-        for name, module in self._adapted.items():
-            _initialise(module, seed, layer, name, settings.dtype, device)
-            if settings.dropout > 0 and name in targets.linears:
-                place = PLACES_PER_BLOCK * layer + places[name]
-                module.lora_dropout[ADAPTER] = RowDropout(settings.dropout, place, self._call)
+        # First, since PEFT freezes what it has not made.
+        self._experts = _put_on_experts(block, layer, targets, settings, seed, device)
+        self._linears: dict[str, LoraLinear] = {}
+        for name in targets.linears:
+            linear = block.get_submodule(name)
+            if not isinstance(linear, nn.Linear):
+                raise _unfit(name, layer, type(linear).__name__)
+            first = _first_factor(seed, layer, name, (settings.rank, linear.in_features), settings.dtype, device)
+            dropout = None
+            if settings.dropout > 0:
+                dropout = RowDropout(settings.dropout, PLACES_PER_BLOCK * layer + places[name], self._call, device)
+            self._linears[name] = LoraLinear(linear, settings, first, dropout)
+            block.set_submodule(name, self._linears[name])
+        self.paths = {name: name for name in self._linears} | {name: path for name, (path, _) in self._experts.items()}
         self.train(block.training)
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the block has, such as the ``attention_type`` that some models read from their layers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "block":  # while the module is being made, or unpickled
-                raise
-            return getattr(super().__getattr__("block"), name)
+        return attribute_of(self, "block", name, super().__getattr__)
 
     def pairs(self) -> dict[str, Pair]:
         """The trained factors, by what they change: its name within the block."""
         rank = self.settings.rank
-        return {
-            name: Pair(module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, rank)
-            for name, module in self._adapted.items()
-        }
+        pairs = {name: Pair(linear.lora_A, linear.lora_B, rank) for name, linear in self._linears.items()}
+        for name, (_, module) in self._experts.items():
+            pairs[name] = Pair(module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, rank)
+        return pairs
 
     def switch(self, on: bool) -> None:
         """Apply the adapter, as at the start, or be the bare block bit for bit. What is trained stays the same."""
+        for linear in self._linears.values():
+            linear.on = on
         trained = {parameter: parameter.requires_grad for pair in self.pairs().values() for parameter in pair[:2]}
-        for module in self._adapted.values():
+        for _, module in self._experts.values():
             module.enable_adapters(on)
         for parameter, was_trained in trained.items():  # PEFT freezes what it switches off
             parameter.requires_grad_(was_trained)
@@ -185,45 +220,56 @@ class LoraBlock(nn.Module):
             self._call.rows = None
 
 
-def _inject(block: nn.Module, layer: int, targets: Targets, settings: LoraSettings) -> None:
-    """Have PEFT put its layers around the targets, with factors that have no memory yet."""
+def _unfit(name: str, layer: int, reason: str) -> CadapterError:
+    return CadapterError(f"LoRA cannot be put on {name} of layer {layer}: {reason}.\nLeave it out of target_modules.")
+
+
+def _first_factor(
+    seed: int, layer: int, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The initial A, [r, in], Kaiming-uniform: a function of (seed, layer, name) only."""
+    return initial_factor(seed, layer, f"{name}.lora_A", *shape).to(device, dtype)
+
+
+def _put_on_experts(
+    block: nn.Module, layer: int, targets: Targets, settings: LoraSettings, seed: int, device: torch.device
+) -> dict[str, tuple[str, Any]]:
+    """Have PEFT put its layers around the fused experts that are targets; the name and module of each, by target."""
+    if not targets.experts:
+        return {}
     from peft import LoraConfig, inject_adapter_in_model
 
     # PEFT renames the targets of known model types; within a bare module it takes them as they are.
     holder = nn.Module()
     holder.block = block
-    holder.is_loaded_in_4bit = bool(getattr(block, "is_loaded_in_4bit", False))  # type: ignore[assignment]  # a flag
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # PEFT says int, and divides by r
-        target_modules=[f"block.{name}" for name in targets.linears],
-        target_parameters=[f"block.{name}" for name in targets.experts] or None,
+        target_modules=[],
+        target_parameters=[f"block.{name}" for name in targets.experts],
         init_lora_weights=False,
     )
     try:
         inject_adapter_in_model(config, holder, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise CadapterError(f"peft cannot put LoRA in layer {layer}: {error}") from error
+        raise _unfit(", ".join(targets.experts), layer, str(error)) from error
+    found = dict(_adapted_experts(block, layer, targets))
+    for name, (_, module) in found.items():
+        A, B = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+        A.weight = nn.Parameter(_first_factor(seed, layer, name, tuple(A.weight.shape), settings.dtype, device))
+        B.weight = nn.Parameter(torch.zeros(B.weight.shape, dtype=settings.dtype, device=device))
+    return found
 
 
-def _adapted_modules(block: nn.Module, layer: int, targets: Targets) -> Iterator[tuple[str, str, Any]]:
+def _adapted_experts(block: nn.Module, layer: int, targets: Targets) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Each target, and the name and module of what PEFT put around it; of two in one module, one is in the other."""
     from peft.tuners.lora import LoraLayer
 
-    for name in targets.names:
-        owner, _, tensor = name.rpartition(".")
-        path = owner if name in targets.experts else name
+    for name in targets.experts:
+        path, _, tensor = name.rpartition(".")
         module: Any = block.get_submodule(path)
-        while name in targets.experts and isinstance(module, LoraLayer) and module.parameter_name != tensor:
+        while isinstance(module, LoraLayer) and module.parameter_name != tensor:
             path, module = f"{path}{NESTED}", module.base_layer
         if not isinstance(module, LoraLayer):
-            raise CadapterError(f"peft cannot put LoRA on {name} of layer {layer}.\nLeave it out of target_modules.")
-        yield name, path, module
-
-
-def _initialise(module: Any, seed: int, layer: int, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """A Kaiming-uniform, B zero: a function of (seed, layer, name) only."""
-    A, B = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
-    first = initial_factor(seed, layer, f"{name}.lora_A", *A.weight.shape)
-    A.weight = nn.Parameter(first.to(device, dtype))
-    B.weight = nn.Parameter(torch.zeros(B.weight.shape, dtype=dtype, device=device))
+            raise _unfit(name, layer, "peft does not know how")
+        yield name, (path, module)

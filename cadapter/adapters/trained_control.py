@@ -82,8 +82,7 @@ class TrainedControlAdapters:
         return torch.stack([adapter.get_parameter(name).detach().float() for adapter in self.adapters])
 
     def _store(self, name: str, values: Tensor) -> None:
-        for adapter, value in zip(self.adapters, values, strict=True):
-            adapter.get_parameter(name).copy_(value)
+        torch._foreach_copy_([adapter.get_parameter(name) for adapter in self.adapters], list(values))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A [L, r, H] and B [L, H, r] with ``W = s·B·A``, whatever the form."""

@@ -83,9 +83,9 @@ class TrainedLora:
             coefficient, gram_A, gram_B = decay_(A, B, scale, lr * self.decay)
             before = _frobenius(gram_A, gram_B, scale)
             bounded = (coefficient < lr * self.decay * scale**2 * (1 - 1e-6)).any(dim=1).double()
-            for (view_A, view_B), new_A, new_B in zip(views, A, B, strict=True):
-                view_A.copy_(new_A)
-                view_B.copy_(new_B)
+            torch._foreach_copy_(
+                [view for pair in views for view in pair], [new for pair in zip(A, B, strict=True) for new in pair]
+            )
         gram_A, gram_B = A @ A.mT, B.mT @ B
         after = _frobenius(gram_A, gram_B, scale)
         spectral = scale * largest_eigenvalue(gram_A.double() @ gram_B.double()).sqrt().amax(dim=1)

@@ -224,15 +224,24 @@ class Config(Table):
     activation_checkpointing: Annotated[
         Literal["auto", "none", "full", "selective", "offload"] | Count,
         Expects('"auto", "none", "full", "selective", "offload" or an integer of at least 1'),
-    ] = Field(default="auto", description='What is recomputed; "offload": kept in host memory; N: every Nth layer.')
+    ] = Field(
+        default="auto",
+        description="What the backward pass computes again to save memory: nothing, what is cheap for its size "
+        '("selective"), every layer ("full"), every layer with their inputs in host memory ("offload"), or every Nth '
+        'layer; "auto": the fastest that fits the GPU.',
+    )
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field(default="auto", description='Which attention of transformers; "auto": sdpa, or what the family needs.')
+    ] = Field(
+        default="auto",
+        description='Which attention of transformers; "auto": sdpa, or what the family needs. Of sdpa\'s kernels the '
+        "fastest is found by trying each.",
+    )
     document_attention: Literal["packed", "isolated"] = Field(
         default="packed", description='"isolated": tokens see only their own document.'
     )
     compile: Annotated[Literal["auto"] | bool, Expects('"auto", true or false')] = Field(
-        default="auto", description='torch.compile of the decoder layers; "auto": none yet.'
+        default="auto", description='torch.compile of the decoder layers and the loss; "auto": on GPUs.'
     )
 
     eval_fraction: Fraction = Field(

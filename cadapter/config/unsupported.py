@@ -20,17 +20,7 @@ class _Row:
 
 
 _CONFIG_ROWS = (
-    _Row(
-        "activation_checkpointing",
-        lambda table: table.activation_checkpointing in ("selective", "offload"),
-        'use "auto", "none", "full" or an integer',
-    ),
-    _Row("compile", lambda table: table.compile is True, 'use "auto" or false'),
-    _Row(
-        "attn_implementation",
-        lambda table: table.attn_implementation not in (None, "auto", "sdpa", "eager"),
-        'use "auto", "sdpa" or "eager"',
-    ),
+    _Row("attn_implementation", lambda table: table.attn_implementation == "flex_attention", 'use "auto" or "sdpa"'),
     _Row("trust_remote_code", lambda table: table.trust_remote_code is True),
 )
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cadapter.errors import UsageError
+from cadapter.models.checkpoint import safetensors_header
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a merge computes with and writes, by safetensors' names."""
@@ -50,22 +51,12 @@ def read_header(file: Path) -> tuple[dict[str, str] | None, list[Entry]]:
         UsageError: the file is damaged.
     """
     try:
-        with open(file, "rb") as shard:
-            length = int.from_bytes(shard.read(8), "little")
-            if length > file.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(shard.read(length))
-            metadata = header.pop("__metadata__", None)
-            entries = [
-                Entry(
-                    name,
-                    part["dtype"],
-                    tuple(part["shape"]),
-                    8 + length + part["data_offsets"][0],
-                    8 + length + part["data_offsets"][1],
-                )
-                for name, part in header.items()
-            ]
+        header, start = safetensors_header(file)
+        metadata = header.pop("__metadata__", None)
+        entries = [
+            Entry(name, part["dtype"], tuple(part["shape"]), *(start + offset for offset in part["data_offsets"][:2]))
+            for name, part in header.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(f"{file} is damaged: {error}.") from error
     return metadata, sorted(entries, key=lambda entry: entry.start)

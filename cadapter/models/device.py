@@ -21,3 +21,10 @@ def usable_device(name: str) -> str:
             f"--device {name} cannot be used here: {reason}\nUse cpu, or cuda where there is a GPU."
         ) from error
     return name
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy ``tensor`` to ``device``; from host memory to a GPU without waiting for what the GPU is doing."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cadapter.adapters.control import ControlledBlock, Transform
+from cadapter.adapters.control import ClassTransforms, ControlledBlock, Transform
 from cadapter.adapters.lora import LoraBlock
+from cadapter.models.device import to_device
+from cadapter.models.execution import BlockRunner
 from cadapter.models.families import LogitFacts
 from cadapter.models.loading import CausalLM
 
@@ -91,36 +92,101 @@ class Frame:
 
 
 class EmbeddingLayer(nn.Module):
-    """First pipeline layer: token ids, codes and dropout rows in; a carrier out."""
+    """First pipeline layer: token ids, codes and dropout rows in, all on the host; a carrier out.
 
-    def __init__(self, embedding: nn.Module, scale: float, carrier: CarrierFormat) -> None:
+    Args:
+        embedding: the table of token embeddings. Where it lies on the host, the rows of a micro-batch are looked up
+            there and sent to the device, and the table takes no memory of the device.
+        scale: what embeddings are multiplied by.
+        carrier: what travels.
+        device: where hidden states are.
+    """
+
+    def __init__(self, embedding: nn.Module, scale: float, carrier: CarrierFormat, device: torch.device) -> None:
         super().__init__()
-        self.embedding = embedding
+        self._place = next(embedding.parameters()).device
+        self._table = [embedding]  # in a list: not a submodule, which the pipeline would move to the device
+        if self._place == device:
+            self.embedding = embedding
         self.scale = scale
         self.carrier = carrier
+        self.device = device
+
+    @property
+    def table(self) -> nn.Module:
+        """The module that looks embeddings up."""
+        return self._table[0]
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64, and positions where needed."""
         input_ids, codes, rows, *positions = inputs
-        hidden = self.embedding(input_ids)
+        hidden = to_device(self.table(to_device(input_ids, self._place)), self.device)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
-        rows_carried = rows if self.carrier.dropout else None
-        where = positions[0] if self.carrier.positions else None
-        return self.carrier.pack(Carrier(hidden, codes, penalty, rows_carried, where))
+        kept_rows = to_device(rows, self.device) if self.carrier.dropout else None
+        where = to_device(positions[0], self.device) if self.carrier.positions else None
+        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, kept_rows, where))
+
+
+def run_block(
+    block: nn.Module,
+    hidden: Tensor,
+    codes: Tensor,
+    transforms: list[Transform],
+    dropout_rows: Tensor | None,
+    penalise_neutral: bool,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Call a decoder block, with an adapter of either kind or as it is; its output and its neutral penalty.
+
+    What differs from block to block is in tensors, so that compiled code serves all of them.
+    """
+    if isinstance(block, LoraBlock):
+        return block(hidden, dropout_rows=dropout_rows, **arguments), None
+    if not isinstance(block, ControlledBlock):
+        return block(hidden, **arguments), None
+    return block.controlled(
+        hidden,
+        codes,
+        transforms,
+        dropout_rows=dropout_rows,
+        penalise_neutral=penalise_neutral,
+        kwargs=arguments,
+    )
 
 
 class DecoderLayer(nn.Module):
-    """A decoder block, with an adapter of either kind or as it is."""
+    """A decoder block, with an adapter of either kind or as it is.
 
-    def __init__(self, block: nn.Module, index: int, frame: Frame, carrier: CarrierFormat, recompute: bool) -> None:
+    Args:
+        block: the block.
+        index: its number in the model.
+        frame: what it is called with.
+        carrier: what travels.
+        keep: what is kept for the backward pass, see :mod:`cadapter.models.execution`.
+        runner: of :func:`run_block`.
+        classes: where the transforms of the classes come from, for blocks with a Control Adapter.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        frame: Frame,
+        carrier: CarrierFormat,
+        keep: str,
+        runner: BlockRunner,
+        classes: ClassTransforms,
+    ) -> None:
         super().__init__()
         self.block = block
         self.index = index
         self.frame = frame
         self.carrier = carrier
-        self.recompute = recompute
+        self.keep = keep
+        self.runner = runner
+        self.classes = classes
         self.transforms: list[Transform] | None = None
 
     def set_transforms(self, transforms: list[Transform] | None) -> None:
@@ -130,31 +196,22 @@ class DecoderLayer(nn.Module):
     def forward(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Carrier in, carrier out."""
         carrier = self.carrier.unpack(parts)
-        # A block below every adapter records nothing for backward, so there is nothing to recompute.
-        if self.recompute and torch.is_grad_enabled():
-            hidden, penalty = checkpoint(self._run, carrier, use_reentrant=False)
-        else:
-            hidden, penalty = self._run(carrier)
-        return self.carrier.pack(carrier._replace(hidden=hidden, penalty=penalty))
-
-    def _run(self, carrier: Carrier) -> tuple[Tensor, Tensor | None]:
-        arguments = self.frame.arguments(carrier.hidden, self.index, carrier.positions)
-        if isinstance(self.block, LoraBlock):
-            return self.block(carrier.hidden, dropout_rows=carrier.dropout_rows, **arguments), carrier.penalty
-        if not isinstance(self.block, ControlledBlock):
-            return self.block(carrier.hidden, **arguments), carrier.penalty
         transforms = self.transforms
         if transforms is None:
-            transforms = self.block.adapter.class_transforms()
-        hidden, penalty = self.block.controlled(
+            transforms = self.classes.of(self.block.adapter) if isinstance(self.block, ControlledBlock) else []
+        hidden, penalty = self.runner(
+            self.keep,
+            self.block,
             carrier.hidden,
             carrier.codes,
             transforms,
-            dropout_rows=carrier.dropout_rows,
-            penalise_neutral=carrier.penalty is not None,
-            kwargs=arguments,
+            carrier.dropout_rows,
+            carrier.penalty is not None,
+            self.frame.arguments(carrier.hidden, self.index, carrier.positions),
         )
-        return hidden, None if carrier.penalty is None else carrier.penalty + penalty
+        if carrier.penalty is not None and penalty is not None:
+            carrier = carrier._replace(penalty=carrier.penalty + penalty)
+        return self.carrier.pack(carrier._replace(hidden=hidden))
 
 
 class HeadInputs(NamedTuple):

@@ -250,9 +250,10 @@ class CausalLM:
             + "A model that was quantised or whose parts were renamed cannot be used; take the original."
         )
 
-    def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
+    def _fill(self, module: nn.Module, prefix: str, device: torch.device | None = None) -> nn.Module:
         """Load every tensor of ``module`` from the names that start with ``prefix``, and freeze it."""
-        found = self.weights.read(prefix, self.dtype, self.device)
+        device = device or self.device
+        found = self.weights.read(prefix, self.dtype, device)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
         missing = [prefix + name for name in module.state_dict() if name not in tensors]
         if missing:
@@ -261,12 +262,12 @@ class CausalLM:
             module.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
             raise UsageError(f"{self.checkpoint.directory}: {error}") from error
-        module.to(self.device)  # what is no parameter: computed buffers
+        module.to(device)  # what is no parameter: computed buffers
         return module.requires_grad_(False)
 
-    def embedding(self) -> nn.Module:
-        """Load the token embedding."""
-        return self._fill(self._inner.embed_tokens, EMBEDDING.removesuffix("weight"))
+    def embedding(self, device: torch.device | None = None) -> nn.Module:
+        """Load the token embedding, to ``device`` if it is to lie elsewhere than the model."""
+        return self._fill(self._inner.embed_tokens, EMBEDDING.removesuffix("weight"), device)
 
     def block(self, index: int) -> nn.Module:
         """Load decoder block ``index``, in 4 bits where that was asked for."""

@@ -7,7 +7,7 @@ chunk's logits are there, so that nothing of a chunk's size is kept for backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,14 @@ class TokenLosses(NamedTuple):
     correct: Tensor
 
 
+CHUNK_UNIT = 128
+"""Chunks are multiples of this length, the height of the tiles in which GPUs multiply; a part of one costs a whole."""
+
+
 def chunk_length(vocabulary: int) -> int:
     """Number of tokens whose float32 logits fit into ``CHUNK_BYTES``, at least 16."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+    fitting = CHUNK_BYTES // (4 * vocabulary)
+    return max(16, fitting - fitting % CHUNK_UNIT if fitting > CHUNK_UNIT else fitting)
 
 
 def logits_of(hidden: Tensor, weight: Tensor, facts: LogitFacts = PLAIN) -> Tensor:
@@ -54,44 +59,66 @@ def _slope_of_products(
     bend = None if facts.softcap is None else 1 - (logits / facts.softcap).square_()
     factor = factor * facts.scale
     slope = logits.sub_(log_normaliser).exp_().mul_(factor)
-    slope.scatter_add_(1, targets, -factor)
+    if torch.compiler.is_compiling():  # fused with what stands before and after it
+        places = torch.arange(slope.shape[1], device=slope.device)
+        slope = torch.where(places == targets, slope - factor, slope)
+    else:
+        slope.scatter_add_(1, targets, -factor)
     return slope if bend is None else slope.mul_(bend)
+
+
+def score_products(
+    products: Tensor, labels: Tensor, token_weights: Tensor, facts: LogitFacts, with_slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the products hidden·weightᵀ [T, V] of a chunk say: nll [T], top-1 hits [T], and the loss's gradient [T, V].
+
+    The gradient, that of Σ w·nll with respect to the products, is in their dtype.
+    """
+    counted = labels != IGNORED_LABEL
+    targets = labels.clamp(min=0).unsqueeze(1)
+    logits = facts.apply(products.float())
+    log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+    nll = torch.where(counted, (log_normaliser - logits.gather(1, targets)).squeeze(1), 0.0)
+    correct = counted & (logits.argmax(dim=1) == targets.squeeze(1))
+    if not with_slope:
+        return nll, correct, None
+    factor = torch.where(counted, token_weights, 0.0).unsqueeze(1)
+    return nll, correct, _slope_of_products(logits, log_normaliser, targets, factor, facts).to(products.dtype)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, facts: LogitFacts
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        facts: LogitFacts,
+        score: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = hidden.shape[0]
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        is_recorded = hidden_gradient is not None or weight_gradient is not None
         step = chunk_length(weight.shape[0])
         for start in range(0, tokens, step):
             rows = slice(start, start + step)
-            counted = labels[rows] != IGNORED_LABEL
-            targets = labels[rows].clamp(min=0).unsqueeze(1)
-            logits = logits_of(hidden[rows], weight, facts)
-            log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            chosen = logits.gather(1, targets)
-            nll[rows] = torch.where(counted, (log_normaliser - chosen).squeeze(1), 0.0)
-            correct[rows] = counted & (logits.argmax(dim=1) == targets.squeeze(1))
-            if hidden_gradient is None and weight_gradient is None:
-                continue
-            factor = torch.where(counted, token_weights[rows], 0.0).unsqueeze(1)
-            slope = _slope_of_products(logits, log_normaliser, targets, factor, facts).to(weight.dtype)
-            if hidden_gradient is not None:
+            products = hidden[rows] @ weight.T
+            nll[rows], correct[rows], slope = score(products, labels[rows], token_weights[rows], facts, is_recorded)
+            del products
+            if slope is not None and hidden_gradient is not None:
                 hidden_gradient[rows] = slope @ weight
-            if weight_gradient is not None:
+            if slope is not None and weight_gradient is not None:
                 weight_gradient += slope.T @ hidden[rows]
         ctx.gradients = ((hidden_gradient, hidden.dtype), (weight_gradient, weight.dtype))
         ctx.mark_non_differentiable(nll, correct)
         return (nll * token_weights).sum(), nll, correct
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         gradients = ctx.gradients
         ctx.gradients = None
         # In float32: a factor rounded to bfloat16 would be up to 0.4 % off, for every token alike.
@@ -99,11 +126,16 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient.float().mul_(output_gradients[0]).to(dtype)
             for gradient, dtype in gradients
         )
-        return hidden, weight, None, None, None
+        return hidden, weight, None, None, None, None
 
 
 def weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, logits: LogitFacts = PLAIN
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    logits: LogitFacts = PLAIN,
+    score: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = score_products,
 ) -> tuple[Tensor, TokenLosses]:
     """Return Σ w·nll over all tokens (a differentiable float32 scalar) and what it says of each token.
 
@@ -118,10 +150,11 @@ def weighted_cross_entropy(
         labels: [T] int64; ``IGNORED_LABEL`` where there is no cross-entropy.
         token_weights: w, [T] float32.
         logits: what the model does to its logits.
+        score: :func:`score_products`, as it is or compiled.
     """
     if not torch.is_grad_enabled():  # a custom function's inputs say that they need gradients even so
         hidden, weight = hidden.detach(), weight.detach()
-    total, nll, correct = _WeightedCrossEntropy.apply(hidden, weight, labels, token_weights, logits)
+    total, nll, correct = _WeightedCrossEntropy.apply(hidden, weight, labels, token_weights, logits, score)
     return total, TokenLosses(nll, correct)
 
 

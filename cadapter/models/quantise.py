@@ -1,12 +1,10 @@
 """Decoder blocks in 4 bits: bitsandbytes' nf4, tensor by tensor on the device where the block stays.
 
-Every linear layer of a block becomes bitsandbytes' ``Linear4bit``, as in transformers' own ``load_in_4bit``. Experts
-that transformers fuses into one parameter [experts, out, in], which that leaves alone, are held in 4 bits as well.
-Norms stay as they are, and so do layers that give scores: routers, gates of shared experts.
+Every linear layer of a block is held in 4 bits, in the same bits as by transformers' own ``load_in_4bit``. Experts that
+transformers fuses into one parameter [experts, out, in], which that leaves alone, are held in 4 bits as well. Norms
+stay as they are, and so do layers that give scores: routers, gates of shared experts.
 
-What bitsandbytes 0.50 is not told here it gets wrong, so two things are: rows whose length is no multiple of 64 are
-refused on the CPU, where it reads them at the wrong places; and on CPUs with AVX512-BF16 it may not repack weights for
-inference, which changes results and loses every gradient that later goes through the layer.
+Rows whose length is no multiple of 64 are refused on the CPU, where bitsandbytes 0.50 reads them at the wrong places.
 """
 
 from __future__ import annotations
@@ -21,19 +19,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from cadapter.errors import CadapterError, UsageError
+from cadapter.models.four_bit import BLOCK_SIZE, QUANT_TYPE, SCALE_GROUP, FourBitLinear
 
 # On some CPUs bitsandbytes advises, whenever it is imported, to install a package that fetches kernels from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-QUANT_TYPE = "nf4"
-BLOCK_SIZE = 64
-"""Numbers that share one scale, their largest magnitude."""
 
 DOUBLE_QUANTISATION = True
 """Scales are held in 8 bits, in groups of 256 with a float32 scale of their own: 0.516 bytes a weight instead of 0.563.
 That is 0.3 GiB of an 8B model and 3 GiB of a 70B model. It costs two small kernels each time a layer is used, and
 what it adds to the rounding error of nf4 is hundreds of times smaller than that error (0.0920 and 0.0921 relative)."""
-SCALE_GROUP = 256
 
 LARGEST_TENSOR = 2**31 - 1
 """bitsandbytes counts the numbers of a tensor in 32 bits; beyond, it would quantise some of them only."""
@@ -47,8 +41,8 @@ def quantise_block_(block: nn.Module) -> None:
     """Hold the weights of ``block`` in 4 bits, in place; it must lie on its final device.
 
     One tensor after the other is quantised and its source freed. What is computed with a weight has the dtype that the
-    weight had. ``peft`` sees that the block is in 4 bits. Experts are dequantised as a whole in a forward pass, and
-    autograd keeps the copy for the backward pass unless the block is recomputed.
+    weight had. Experts are dequantised as a whole in a forward pass, and autograd keeps the copy for the backward pass
+    unless the block is recomputed.
 
     Raises:
         UsageError: bitsandbytes cannot be used, or a weight cannot be held in 4 bits; nothing is changed then.
@@ -59,11 +53,11 @@ def quantise_block_(block: nn.Module) -> None:
     load_bitsandbytes(device)
     for name in names:
         path, _, parameter = name.rpartition(".")
-        if isinstance(block.get_submodule(path), nn.Linear):
-            block.set_submodule(path, _in_4_bits(block.get_submodule(path)))
+        module = block.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            block.set_submodule(path, FourBitLinear(module, DOUBLE_QUANTISATION))
         else:
-            _quantise_experts_(block.get_submodule(path), parameter)
-    block.is_loaded_in_4bit = True  # type: ignore[assignment]  # a plain flag, which peft looks for
+            _quantise_experts_(module, parameter)
 
 
 def four_bit_weights(block: nn.Module) -> list[str]:
@@ -134,27 +128,6 @@ def load_bitsandbytes(device: torch.device) -> None:
             f"bitsandbytes {bitsandbytes.__version__} has no library that works with CUDA {torch.version.cuda}.\n"
             "See what it found with: python -m bitsandbytes"
         )
-
-
-def _in_4_bits(source: nn.Module) -> nn.Module:
-    """Return the linear layer ``source`` with its weight in 4 bits and its own bias."""
-    import bitsandbytes
-
-    weight, bias = source.weight, source.bias
-    linear = bitsandbytes.nn.Linear4bit(
-        source.in_features, source.out_features, bias=False, compute_dtype=weight.dtype, device="meta"
-    )
-    linear.weight = bitsandbytes.nn.Params4bit(
-        weight.data,
-        requires_grad=False,
-        blocksize=BLOCK_SIZE,
-        compress_statistics=DOUBLE_QUANTISATION,
-        quant_type=QUANT_TYPE,
-        module=linear,
-    ).to(weight.device)  # quantises
-    linear.bias = bias
-    linear.support_avx512bf16_for_cpu = False
-    return linear.train(source.training)
 
 
 def _quantise_experts_(experts: nn.Module, name: str) -> None:

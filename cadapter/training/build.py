@@ -19,8 +19,9 @@ from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, eva
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.checkpoint import resolve_model
+from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
-from cadapter.models.layers import CarrierFormat
+from cadapter.models.layers import CarrierFormat, run_block
 from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.terminal import note, warn
@@ -33,10 +34,10 @@ from cadapter.training.losses import LossSettings, TrainingLoss
 from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
-from cadapter.training.recompute import Recompute, decide
+from cadapter.training.recompute import Needs, Recompute, decide
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
-from cadapter.training.stages import StageBuilder
+from cadapter.training.stages import StageBuilder, embedding_on_device
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
 
@@ -100,27 +101,41 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
         dropout=mode.name != "full" and config.lora_dropout > 0,
         positions=isolated,
     )
-    builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout))
+    runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
+    builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout), runner)
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
     return Plan(config, layout, data, model, mode, builder, bounds, steps)
 
 
+def compiles(config: Config, model: CausalLM) -> bool:
+    """Whether decoder blocks and the loss are compiled."""
+    if config.compile != "auto":
+        return bool(config.compile)
+    # Experts in 4 bits are unpacked by Python code that is no function of tensors.
+    return model.device.type == "cuda" and not (model.four_bit and model.has_experts)
+
+
 def _recompute(config: Config, model: CausalLM, mode: Mode, layout: Layout) -> Recompute:
     if model.four_bit and model.has_experts and config.activation_checkpointing == "auto":
         return Recompute(1, "activation_checkpointing: full, since experts in 4 bits would be kept unpacked otherwise.")
-    in_flight = min(layout.stages, config.gradient_accumulation_steps)
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
-    return decide(
-        config.activation_checkpointing,
-        model.config,
-        model.dtype.itemsize,
-        config.micro_batch_size * config.sequence_len * in_flight,
-        layout.stages,
-        (sum(model.layer_bytes()) + sum(mode.trainable()) * mode.bytes_per_trained) // layout.stages,
-        free,
+    sizes = model.layer_bytes()
+    if not embedding_on_device(model, mode):
+        sizes = sizes[1:]
+    needs = Needs(
+        weights=(sum(sizes) + sum(mode.trainable()) * mode.bytes_per_trained) / layout.stages,
+        blocks=-(-model.layer_count // layout.stages),
+        hidden_size=model.hidden_size,
+        intermediate_size=model.config.intermediate_size,
+        number_bytes=model.dtype.itemsize,
+        micro_batch=config.micro_batch_size * config.sequence_len,
+        in_flight=min(layout.stages, config.gradient_accumulation_steps),
+        compiled=compiles(config, model),
+        trained_inside=mode.name != "control",
     )
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    return decide(config.activation_checkpointing, needs, free, layout.stages * layout.replicas > 1)
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:
@@ -178,7 +193,9 @@ def build_run(
         neutral=config.control_class0_lambda * weights.neutral if builder.carrier.penalty else 0.0,
         applications=plan.mode.applications,
     )
-    loss = TrainingLoss(settings, config.gradient_accumulation_steps * layout.replicas, world.device)
+    is_compiled = compiles(config, plan.model)
+    averaged_over = config.gradient_accumulation_steps * layout.replicas
+    loss = TrainingLoss(settings, averaged_over, world.device, is_compiled, config.compile is True)
     pipeline = Pipeline(
         builder.builders(), plan.bounds, layout, loss, config.micro_batch_size, config.gradient_accumulation_steps,
         world.watch.moved,

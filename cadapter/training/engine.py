@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cadapter.errors import CadapterError
+from cadapter.models.device import to_device
 from cadapter.training.layout import Layout
 
 # DeepSpeed prints on import and while it builds; what users should know, cadapter says itself.
@@ -33,6 +34,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import ProcessTopology
     from deepspeed.utils import logger as deepspeed_logger
+    from deepspeed.utils.timer import NoopTimer
 
 deepspeed_logger.setLevel(logging.ERROR)
 
@@ -132,12 +134,24 @@ class _Engine(PipelineEngine):
         self.pipe_buffers["output_tensors"][buffer_id] = None
         self.pipe_buffers["outputs"][buffer_id] = None
 
+    def _load(self, buffer_id: int) -> None:
+        """Take the next micro-batch without waiting for the GPU, as DeepSpeed's own copies would.
+
+        What the first stage reads stays on the host: its layer looks token embeddings up where they lie.
+        """
+        inputs, targets = self._next_batch()
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = inputs
+        if self.is_last_stage():
+            self.pipe_buffers["labels"][buffer_id] = tuple(to_device(tensor, self.device) for tensor in targets)
+
     _INSTRUCTION_MAP = {  # noqa: RUF012 (DeepSpeed's own name and form)
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.ReduceTiedGrads: _leave_to_trainer,
         schedule.ReduceGrads: _leave_to_trainer,
         schedule.OptimizerStep: _leave_to_trainer,
         schedule.BackwardPass: _backward_all,
+        schedule.LoadMicroBatch: _load,
     }
 
 
@@ -181,6 +195,8 @@ class Pipeline:
                 # Clipping is the trainer's, over all stages; DeepSpeed's fails where a stage trains nothing.
                 "gradient_clipping": 0.0,
                 "steps_per_print": None,
+                # It would wait for the GPU before every micro-batch.
+                "timers": {"throughput": {"enabled": False}},
             }
             grid = self.module.mpu()
             self._engine = _Engine(
@@ -193,6 +209,7 @@ class Pipeline:
                 config=settings,
                 config_class=DeepSpeedConfig(settings, grid),
             )
+            self._engine.timers = NoopTimer()  # the others would note events without end
 
     def layers(self) -> list[nn.Module]:
         """The pipeline layers of this stage, in order."""
@@ -208,6 +225,12 @@ class Pipeline:
         Every process calls this with the micro-batches of its replica.
         """
         self._engine.train_batch(iter(micro_batches))
+
+    def forget(self) -> None:
+        """Let go of the micro-batches of a step that failed, so that it can be taken again."""
+        for buffers in self._engine.pipe_buffers.values():
+            buffers[:] = [None] * len(buffers)
+        self._engine.loss = None
 
     def evaluate(self, micro_batches: Iterable[PipelineBatch], count: int) -> None:
         """Run ``count`` micro-batches, all of one shape, forward only and without dropout; the loss sees each."""

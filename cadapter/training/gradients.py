@@ -75,10 +75,10 @@ class Gradients:
 
     def squared_norm(self, device: torch.device) -> Tensor:
         """Return Σ g² over all gradients but those of copies, a float64 scalar on ``device``."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for gradient in self._present(name for name in self._parameters if name not in self._copies):
-            total = total + gradient.float().square().sum().double()
-        return total
+        gradients = self._present(name for name in self._parameters if name not in self._copies)
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
 
     def hand_over(self, names: Iterable[str], factor: float) -> None:
         """Put the gradients of ``names``, times ``factor`` if it is below 1, where the optimiser looks for them."""

@@ -68,9 +68,9 @@ class PairedModel(CausalLM):
     def _rows(modules: Sequence[nn.Module]) -> Rows:
         return Rows(modules, modules)
 
-    def embedding(self) -> nn.Module:
+    def embedding(self, device: torch.device | None = None) -> nn.Module:
         """Both token embeddings."""
-        return self._rows([model.embedding() for model in self._both])
+        return self._rows([model.embedding(device) for model in self._both])
 
     def block(self, index: int) -> nn.Module:
         """Decoder block ``index`` of both; each is called as its own model calls it."""

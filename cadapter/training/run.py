@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from cadapter.config import Config, config_warnings
+from cadapter.models.attention import time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.terminal import note, table, warn
-from cadapter.training.build import Plan, build_run, plan_run, record_run, run_facts
+from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, on_main, sum_over_world
 from cadapter.training.engine import check_deepspeed
 from cadapter.training.failures import joined_world
@@ -75,8 +76,11 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     started = time.monotonic()
     run = build_run(plan, world, directory, resume_from, given)
     if world.is_main:
-        read = plan.model.checkpoint.bytes_read / GIB
-        note(f"Loaded this stage's layers in {time.monotonic() - started:.1f} s ({read:.2f} GiB read).")
+        read = plan.model.checkpoint
+        note(
+            f"Loaded this stage's layers in {time.monotonic() - started:.1f} s "
+            f"({read.bytes_read / GIB:.2f} GiB read in {read.seconds_reading:.1f} s)."
+        )
 
     def start() -> None:
         directory.start(fresh=resume_from is None)
@@ -88,6 +92,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         reporter = None
         if world.is_main:
             reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
+        prepare_for_speed(plan, world, stack)
         signals.from_now_on_save()
         Trainer(run, reporter, signals).train()
     show_peak_memory(world)
@@ -96,6 +101,19 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         # The run's own config.toml is the config as given: what was overridden has to be given again.
         again = shlex.join(part for override in options.overrides for part in ("--set", override))
         note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
+
+
+def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
+    """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
+    config, model = plan.config, plan.model
+    if model.config._attn_implementation == "sdpa":
+        times = time_kernels(model.config, config.micro_batch_size, config.sequence_len, model.dtype, world.device)
+        if times is not None:
+            stack.enter_context(times.preferred())
+            if world.is_main:
+                note(times.in_words())
+    if compiles(config, model) and world.is_main:
+        note("Compiling in the first step, once for all decoder blocks that are alike: up to some minutes.")
 
 
 def _tell_changes(config: Config, resume_from: Path, given: set[str], world: World) -> None:

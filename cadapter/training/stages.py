@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
+from cadapter.adapters.control import ClassTransforms, ControlledBlock
+from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_block
-from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer
+from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer, run_block
 from cadapter.models.loading import CausalLM
 from cadapter.training.modes.base import Mode
 from cadapter.training.recompute import Recompute
+
+
+def embedding_on_device(model: CausalLM, mode: Mode) -> bool:
+    """Whether the table of token embeddings lies where the blocks are: if it is trained, or the head's weight as well.
+
+    Otherwise it stays on the host, where the few rows of a micro-batch are looked up.
+    """
+    return mode.trainable()[0] > 0 or model.tied
 
 
 class StageBuilder:
@@ -22,14 +33,24 @@ class StageBuilder:
         mode: what is put into the blocks.
         carrier: what travels.
         recompute: which blocks are computed again in the backward pass.
+        runner: of the blocks; None: they run as they are.
     """
 
-    def __init__(self, model: CausalLM, mode: Mode, carrier: CarrierFormat, recompute: Recompute) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        mode: Mode,
+        carrier: CarrierFormat,
+        recompute: Recompute,
+        runner: BlockRunner | None = None,
+    ) -> None:
         self.model = model
         self.mode = mode
         self.carrier = carrier
         self.recompute = recompute
+        self.runner = runner or BlockRunner(run_block)
         self._frame = Frame(model)
+        self._classes = ClassTransforms()
         self._embedding: nn.Module | None = None
 
     def builders(self) -> list[Callable[[], nn.Module]]:
@@ -38,15 +59,19 @@ class StageBuilder:
         return [self._first, *blocks, self._last]
 
     def _first(self) -> nn.Module:
-        self._embedding = self.model.embedding()
-        return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier)
+        device = self.model.device if embedding_on_device(self.model, self.mode) else torch.device("cpu")
+        self._embedding = self.model.embedding(device)
+        return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier, self.model.device)
 
     def _block(self, index: int) -> nn.Module:
         plain = self.model.block(index)
         if self.carrier.positions:
             check_block(self.model, plain, index)
         block = self.mode.wrap(plain, index)
-        return DecoderLayer(block, index, self._frame, self.carrier, self.recompute.block(index))
+        if isinstance(block, ControlledBlock):
+            self._classes.add(block.adapter)
+        keep = self.recompute.block(index)
+        return DecoderLayer(block, index, self._frame, self.carrier, keep, self.runner, self._classes)
 
     def _last(self) -> nn.Module:
         weights = self.model.head_weights(self._embedding)

@@ -19,15 +19,17 @@ from cadapter.config import Config
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
 from cadapter.errors import Stopped
 from cadapter.files import new_directory
+from cadapter.models.layers import DecoderLayer
 from cadapter.terminal import warn
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
 from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world
-from cadapter.training.engine import Pipeline
+from cadapter.training.engine import Pipeline, PipelineBatch
 from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
+from cadapter.training.recompute import slower
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import settings_of
 from cadapter.training.run_directory import RunDirectory
@@ -88,6 +90,7 @@ class Trainer:
         self.signals = signals
         self.position = run.position
         self._pending: _Pending | None = None
+        self._prefetched: tuple[int, list[PipelineBatch]] = (0, [])
         self._evaluations = evaluation_steps(run.config.evals_per_run if run.evaluation else 0, run.plan.total_steps)
         self._last_checkpoint = time.monotonic()
         self._checkpointed_step = self.position.step
@@ -119,8 +122,11 @@ class Trainer:
         started = time.monotonic()
         run.world.watch.enter(f"step {step}")
         lr = run.config.lr * self._schedule(step)
-        size, accumulation = run.config.micro_batch_size, run.config.gradient_accumulation_steps
-        run.pipeline.train(training_micro_batches(run.batches, step, run.layout, size, accumulation, run.loss.settings))
+        self._forward_and_backward(step)
+        # While the GPU works on that: report the step before, read the sequences of the step after.
+        self._flush()
+        if step < run.plan.total_steps:
+            self._prefetched = step + 1, self._micro_batches(step + 1)
         run.gradients.reduce(run.groups)
         norm, stop, save = self._agree()
         if math.isfinite(norm):
@@ -134,7 +140,6 @@ class Trainer:
                 warn(f"step {step}: a gradient is not finite; the step is skipped ({self.position.skipped} so far).")
         run.gradients.clear()
         numbers = torch.cat([run.loss.take_sums(), report.flatten() * (run.layout.replica == 0)])
-        self._flush()
         tokens = run.batches.totals(step).tokens
         self.position.step = step
         self.position.tokens += tokens
@@ -142,6 +147,37 @@ class Trainer:
         self.position.seconds += seconds
         self._pending = self._send(numbers, report.shape, lr, norm, seconds, tokens)
         return stop, save
+
+    def _forward_and_backward(self, step: int) -> None:
+        """Run the step's micro-batches; where memory runs out and the choice is ours, again with less kept."""
+        run = self.run
+        while True:
+            try:
+                return run.pipeline.train(self._micro_batches(step))
+            except torch.OutOfMemoryError:
+                layers = [layer for layer in run.pipeline.layers() if isinstance(layer, DecoderLayer)]
+                keep = slower(layers[0].keep) if layers else None
+                # Other processes would wait for this one.
+                if keep is None or run.config.activation_checkpointing != "auto" or run.world.size > 1:
+                    raise
+            # Here, since the error holds on to the tensors of where it arose.
+            for layer in layers:
+                layer.keep = keep
+            run.pipeline.forget()
+            run.gradients.clear()
+            run.loss.take_sums()
+            if run.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warn(f"step {step}: GPU memory ran out; going on with activation_checkpointing = {keep!r}.")
+
+    def _micro_batches(self, step: int) -> list[PipelineBatch]:
+        """The micro-batches of ``step`` that this process's replica reads."""
+        ready, batches = self._prefetched
+        if ready == step:
+            return batches
+        run, config = self.run, self.run.config
+        size, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
+        return list(training_micro_batches(run.batches, step, run.layout, size, accumulation, run.loss.settings))
 
     def _schedule(self, step: int) -> float:
         config = self.run.config

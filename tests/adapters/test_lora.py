@@ -68,8 +68,8 @@ def test_a_model_with_lora_is_the_one_that_peft_loads(name, targets, tmp_path):
         ours = model(TOKENS).logits
         theirs = peft_model(name, write(tmp_path, blocks, found, name))(TOKENS).logits
     assert (ours - plain).abs().max() > 0.1
-    # A shared expert's weight is W + s·B·A in PEFT, which rounds otherwise than W·x + s·B·A·x.
-    assert (ours - theirs).abs().max() <= 1e-6 * max(1.0, ours.abs().max().item())
+    # float32 through three blocks: PEFT multiplies by s last, and to a shared expert's weight it adds s·B·A.
+    assert (ours - theirs).abs().max() <= 3e-6 * max(1.0, ours.abs().max().item())
 
 
 @pytest.mark.parametrize(("name", "targets"), [CASES[0], CASES[2], CASES[6], CASES[9], CASES[10]])
@@ -102,7 +102,7 @@ def test_only_the_layers_asked_for_are_adapted(tmp_path):
     randomise(blocks)
     with torch.no_grad():
         theirs = peft_model("llama", write(tmp_path, blocks, found))(TOKENS).logits
-        assert torch.equal(model(TOKENS).logits, theirs)
+        torch.testing.assert_close(model(TOKENS).logits, theirs, rtol=0, atol=1e-5)  # float32 through two blocks
 
 
 def test_a_name_that_stands_for_other_modules_too_is_spelled_in_full(tmp_path):
@@ -200,8 +200,8 @@ def test_every_module_drops_something_else():
     masks = {}
     for block in blocks:
         block._call.rows = ROWS
-        for name, module in block._adapted.items():
-            kept = module.lora_dropout["default"](torch.ones(2, 7, HIDDEN))
+        for name in block.pairs():
+            kept = block.block.get_submodule(name).dropout(torch.ones(2, 7, HIDDEN))
             masks[block.layer, name] = tuple(kept.flatten().tolist())
             assert set(masks[block.layer, name]) == {0.0, 2.0}
     assert len(set(masks.values())) == len(masks) == 21
@@ -417,7 +417,7 @@ def test_numbered_experts_cannot_have_dropout():
         match_model([block], [0], ("w1",), dropout=0.1)
 
 
-def test_a_target_that_peft_cannot_adapt_is_named():
+def test_a_target_that_is_no_linear_layer_is_named():
     block = base_model("llama").model.layers[0]
     with pytest.raises(CadapterError, match=r"layer 0: .*RMSNorm"):
         LoraBlock(block, 0, Targets(("input_layernorm",)), LORA, 0)
@@ -448,7 +448,6 @@ def test_on_a_4_bit_base_lora_is_added_to_what_the_4_bit_layers_give():
             dense.get_submodule(name).weight.data = bitsandbytes.functional.dequantize_4bit(
                 weight.data, weight.quant_state
             )
-    block.is_loaded_in_4bit = True
     targets = match_targets(dense, None)
     adapted = [LoraBlock(each, 1, targets, ODD, 0) for each in (block, dense)]
     states = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(3))

@@ -165,7 +165,7 @@ def test_directories_that_peft_wrote_are_taken_over(name, modules, parameters, r
     with torch.no_grad():
         plain, expected, found = (each(TOKENS).logits for each in (base_model(name), theirs, model))
     assert (found - plain).abs().max() > 0.01
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # float32 through three blocks
     assert read_lora_adapter(tmp_path).settings.scale == pytest.approx(alpha / RANK)
 
 

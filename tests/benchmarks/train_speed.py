@@ -1,6 +1,7 @@
 r"""How fast `cadapter train` is: a random model of a given shape, random text, whole steps of the real command.
 
     python tests/benchmarks/train_speed.py --shape 8b --steps 20        # one GPU with 40 GiB or more free
+    python tests/benchmarks/train_speed.py --shape 8b --steps 8 --table # every variant of docs/performance.md
     python tests/benchmarks/train_speed.py --shape tiny --steps 6       # a laptop's CPU
     python tests/benchmarks/train_speed.py --variant load_in_4bit=true \
         --variant use_control_adapters=false,datasets.1.control_class=1,lora_rank=64,lora_weight_decay=10
@@ -43,6 +44,14 @@ SHAPES = {
         "sequence_len": 256, "dtype": "float32",
     },
 }  # fmt: skip
+LORA = "use_control_adapters=false,datasets.1.control_class=1,lora_rank=64,lora_weight_decay=10"
+TABLE = [
+    'activation_checkpointing="selective"', 'activation_checkpointing="full"', 'activation_checkpointing="offload"',
+    "load_in_4bit=true", 'load_in_4bit=true,activation_checkpointing="full"',
+    LORA, f'{LORA},activation_checkpointing="full"',
+    f"{LORA},load_in_4bit=true", f'{LORA},load_in_4bit=true,activation_checkpointing="full"',
+]  # fmt: skip
+"""The variants of docs/performance.md, besides the defaults."""
 H200_MATRIX_TFLOPS = 790
 """What large bfloat16 matrix products on random data reach on an H200."""
 
@@ -171,6 +180,7 @@ def main() -> None:
     parser.add_argument(
         "--variant", action="append", metavar="KEY=VALUE,…", help="a further run with these keys of the config"
     )
+    parser.add_argument("--table", action="store_true", help="the variants of docs/performance.md")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +198,7 @@ def main() -> None:
             f"rank {options.rank}, layers {shape['layers']}, sequence_len {shape['sequence_len']}, micro-batch 1, "
             f"accumulation {options.accumulation}, {options.steps} steps, the first 2 not counted"
         )
-        for variant in ["", *(options.variant or [])]:
+        for variant in ["", *(TABLE if options.table else []), *(options.variant or [])]:
             printed, lines = train(directory, variant.split(",") if variant else [])
             report(variant, printed, lines, flop_per_token(shape, parameters))
 

@@ -230,7 +230,12 @@ def test_pairs_and_classes_need_control_adapters(report) -> None:
         "mask_tokens = true",
         "mask_tokens = [1, 2]",
         "activation_checkpointing = 4",
+        "activation_checkpointing = 'selective'",
+        "activation_checkpointing = 'offload'",
+        "compile = true",
         "compile = false",
+        "attn_implementation = 'flash_attention_2'",
+        "attn_implementation = 'flash_attention_3'",
         "partition_method = 'type:decoder.*'",
         "gradient_clipping = 0",
         "class_weights = { negative = 0.5 }",
@@ -253,11 +258,6 @@ def test_right_values(load, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "activation_checkpointing = 'selective'",
-        "activation_checkpointing = 'offload'",
-        "compile = true",
-        "attn_implementation = 'flash_attention_2'",
-        "attn_implementation = 'flash_attention_3'",
         "attn_implementation = 'flex_attention'",
         "trust_remote_code = true",
     ],
@@ -379,7 +379,7 @@ def test_an_override_mends_a_wrong_value_and_adds_a_missing_one(load) -> None:
         ("datasets.1=5", "a dataset is a table"),
         ("class_weights.5=1", "unknown key"),
         ("class_weights={ positive = -1 }", "give a number of at least 0"),
-        ("compile=true", "not supported yet"),
+        ("attn_implementation=flex_attention", "not supported yet"),
         ('target_modules=["q_proj"]', "Control Adapters act on whole layers"),
     ],
 )

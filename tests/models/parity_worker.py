@@ -152,7 +152,7 @@ def run_case(case: Case, directory: Path, layout: Layout) -> dict[str, Tensor]:
     for variant in ("kept", "recomputed"):
         for layer in layers:
             if isinstance(layer, DecoderLayer):
-                layer.recompute = variant == "recomputed"
+                layer.keep = "full" if variant == "recomputed" else "none"
         pipeline.train(micro_batches(loss.settings))
         gradients.reduce(groups)
         found |= loss.take(variant)

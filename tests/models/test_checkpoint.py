@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cadapter.errors import UsageError
+from cadapter.models import reading
 from cadapter.models.checkpoint import INDEX_NAME, Checkpoint, load_model_config, resolve_model
 
 
@@ -43,6 +44,30 @@ def test_tensors_names_shapes_and_dtypes_are_those_of_the_files(tiny_model):
     together = checkpoint.tensors(list(expected))
     assert all(torch.equal(together[name], tensor) for name, (_, tensor) in expected.items())
     assert "model.layers.9.mlp.down_proj.weight" not in checkpoint
+
+
+@pytest.mark.parametrize("piece", [7, 1000, 2**24])
+def test_reading_in_threads_gives_the_same_tensors(tiny_model, piece, monkeypatch):
+    """As a GPU's are read: piece by piece, where pieces end anywhere."""
+    monkeypatch.setattr(reading, "PIECE", piece)
+    directory = tiny_model("qwen2", torch.bfloat16)
+    expected = {name: tensor for path in shards(directory) for name, tensor in load_file(path).items()}
+    names = [name for name, tensor in expected.items() if tensor.numel() < 100 * piece]
+    assert names
+    checkpoint = Checkpoint(directory)
+    found = checkpoint.tensors_at_once(names, torch.device("cpu"))
+    assert found.keys() == set(names)
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert checkpoint.bytes_read == sum(expected[name].nbytes for name in names)
+
+
+def test_a_shard_that_was_cut_off_is_named_when_read_in_threads(copied):
+    checkpoint = Checkpoint(copied)
+    file = copied / checkpoint.file_of("model.layers.1.mlp.down_proj.weight")
+    file.write_bytes(file.read_bytes()[:-5])
+    names = [name for name in checkpoint.names() if checkpoint.file_of(name) == file.name]
+    with pytest.raises(UsageError, match=rf"{file.name} ends too early"):
+        checkpoint.tensors_at_once(names, torch.device("cpu"))
 
 
 def test_a_single_file_is_read_like_shards(tiny_model, tmp_path):

@@ -23,7 +23,7 @@ from transformers import (
 from cadapter.classes import IGNORED_LABEL
 from cadapter.models import loss
 from cadapter.models.families import FAMILIES, LogitFacts, logit_facts
-from cadapter.models.loss import PLAIN, chunk_length, compare_rows, logits_of, weighted_cross_entropy
+from cadapter.models.loss import PLAIN, chunk_length, compare_rows, logits_of, score_products, weighted_cross_entropy
 
 TOKENS, WIDTH, VOCAB = 53, 24, 40
 ROW_BYTES = 4 * VOCAB
@@ -104,7 +104,7 @@ class Results(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(params=[1, 16, 20, 1000], ids=lambda rows: f"{rows} rows")
+@pytest.fixture(params=[1, 16, 20, 1024], ids=lambda rows: f"{rows} rows")
 def rows_in_a_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Shrinks chunks to so many tokens; 16 is the smallest there is."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", request.param * ROW_BYTES)
@@ -316,3 +316,24 @@ def test_rows_and_heads_must_be_as_many():
     hidden, weight, labels, _ = inputs()
     with pytest.raises(ValueError, match="shorter"):
         compare_rows(torch.stack([hidden] * 3), [weight] * 2, labels)
+
+
+# ---- compiled ------------------------------------------------------------------------------------------------------
+
+
+@every_kind_of_logits
+def test_compiled_scores_are_those_of_the_plain_function(facts):
+    """Compiled, the one-hot part of the gradient is worked out in another way."""
+    hidden, weight, labels, weights = inputs(ignored=0.3)
+    products = (hidden @ weight.T).float()
+    compiled = torch.compile(score_products, fullgraph=True, dynamic=False, backend="aot_eager")
+    for with_slope in (True, False):
+        expected = score_products(products.clone(), labels, weights, facts, with_slope)
+        found = compiled(products.clone(), labels, weights, facts, with_slope)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(found[1], expected[1])
+        if with_slope:
+            torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-7)
+        else:
+            assert found[2] is expected[2] is None
+    torch._dynamo.reset()

@@ -11,7 +11,7 @@ from cadapter.adapters.control import ControlledBlock, ControlSettings
 from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.families import LogitFacts
-from cadapter.models.layers import Carrier, CarrierFormat, DecoderLayer, HeadInputs
+from cadapter.models.layers import Carrier, CarrierFormat, DecoderLayer, EmbeddingLayer, HeadInputs
 from cadapter.models.loading import CausalLM
 from cadapter.models.loss import weighted_cross_entropy
 from cadapter.training.modes.control import adapters_of
@@ -46,6 +46,25 @@ def loss_of(outputs: HeadInputs, ids: torch.Tensor) -> torch.Tensor:
     labels, ones = shifted(ids).flatten(), torch.ones(ids.numel())
     total, _ = weighted_cross_entropy(outputs.hidden.flatten(0, 1), weight, labels, ones, outputs.logits)
     return total / (ids.numel() - len(ids))
+
+
+# ---- token embeddings ----------------------------------------------------------------------------------------------
+
+
+def test_a_table_that_lies_elsewhere_is_no_part_of_the_layer_and_its_rows_are_sent():
+    """The pipeline moves what its layers hold to the device; a table on the host must stay there."""
+    table = torch.nn.Embedding(10, 4)
+    inputs = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int8), torch.arange(2)
+    away = EmbeddingLayer(table, 2.0, CarrierFormat(), torch.device("meta"))
+    assert list(away.parameters()) == []
+    assert away.table is table
+    hidden, codes = away(inputs)
+    assert hidden.shape == (2, 3, 4)
+    assert hidden.is_meta
+    assert codes.is_meta
+    here = EmbeddingLayer(table, 2.0, CarrierFormat(), torch.device("cpu"))
+    assert list(here.parameters()) == [table.weight]
+    assert torch.equal(here(inputs)[0], 2 * table.weight[:6].view(2, 3, 4))
 
 
 # ---- what crosses a stage boundary --------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
@@ -22,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from cadapter.errors import CadapterError, UsageError
+from cadapter.models.four_bit import FourBitLinear
 from cadapter.models.quantise import (
     KINDS,
     check_mostly_4bit,
@@ -149,11 +148,11 @@ def test_dense_models_equal_transformers_own_nf4(name, dtype, from_transformers)
     assert torch.equal(found, expected)
     assert (found - exact).abs().max() > 0.01 * exact.abs().max()  # and 4 bits do make a difference
     # Nothing else was quantised, nor left out.
-    assert kinds_of_linear(model) == kinds_of_linear(theirs)
+    assert linear_in_4_bits(model, FourBitLinear) == linear_in_4_bits(theirs, Linear4bit)
 
 
-def kinds_of_linear(model: Any) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def linear_in_4_bits(model: Any, kind: type) -> dict[str, bool]:
+    return {name: type(module) is kind for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -335,33 +334,6 @@ def test_half_of_the_bytes_is_not_most():
     check_mostly_4bit({**counts, "4-bit": 51})
     with pytest.raises(CadapterError, match="They hold nothing"):
         check_mostly_4bit(dict.fromkeys(KINDS, 0))
-
-
-def with_lora(model: Any) -> Any:
-    for block in model.model.layers:
-        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]), block)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:  # both factors, B too, which starts at 0
-            nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model
-
-
-def test_peft_puts_its_4bit_lora_into_a_block():
-    model, expected = with_lora(quantised(make_model("llama"))), with_lora(rounded(make_model("llama")))
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLinear4bit)]
-    assert len(adapted) == 2 * LAYERS
-    for found, reference in zip(run_blocks(model), run_blocks(expected), strict=True):
-        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)  # gradients are summed in another order
-    trained = gradients(model.named_parameters())
-    assert len(trained) == 2 * len(adapted)
-    for name, gradient in gradients(expected.named_parameters()).items():
-        torch.testing.assert_close(trained[name], gradient, rtol=1e-4, atol=1e-4)  # of order 10
-        assert gradient.abs().max() > 0.1
-
-
-def gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class FullMode:
     def _tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """The parameters and persistent buffers of a pipeline layer by the names they have in the whole model."""
         if isinstance(layer, EmbeddingLayer):
-            return _named(layer.embedding, EMBEDDING.removesuffix("weight"))
+            return _named(layer.table, EMBEDDING.removesuffix("weight"))
         if isinstance(layer, DecoderLayer):
             return _named(layer.block, LAYER_PREFIX.format(layer.index))
         if isinstance(layer, HeadLayer):

@@ -1,0 +1,82 @@
+"""Which of PyTorch's attention kernels is the fastest on a GPU: found out by running each once it is warm.
+
+It depends on the GPU, on the version of PyTorch and cuDNN, and on the model's shape. All give the same sums, in another
+order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+KERNELS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+PASSES = 5
+"""Timed passes of each kernel, forward and backward; some milliseconds each."""
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Milliseconds of a forward and backward pass by kernel, fastest first; those that can do it."""
+
+    milliseconds: dict[str, float]
+
+    def preferred(self) -> contextlib.AbstractContextManager[Any]:
+        """Have PyTorch try the kernels in this order; what none of them can do it does without them."""
+        order = [KERNELS[name] for name in self.milliseconds]
+        rest = [kernel for kernel in KERNELS.values() if kernel not in order]
+        return sdpa_kernel([*order, *rest, SDPBackend.MATH], set_priority=True)
+
+    def in_words(self) -> str:
+        """For the user."""
+        fastest, *others = (f"{name} {time:.2f} ms" for name, time in self.milliseconds.items())
+        return f"attention: {fastest} a layer" + (f" ({', '.join(others)})." if others else ".")
+
+
+def time_kernels(config: Any, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> KernelTimes | None:
+    """Time causal attention of a model's shape on [rows, tokens]; None where there is nothing to choose."""
+    if device.type != "cuda":
+        return None
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # As the model makes them: [rows, tokens, heads, width], transposed.
+    query, key, value = (
+        torch.randn(rows, tokens, count, width, dtype=dtype, device=device).transpose(1, 2).requires_grad_()
+        for count in (heads, groups, groups)
+    )
+    direction = torch.randn_like(query)
+
+    def attend() -> None:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != groups)
+        torch.autograd.grad((output,), (query, key, value), (direction,))
+
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why a kernel cannot do it; that it cannot, it says by raising
+        for name, kernel in KERNELS.items():
+            with contextlib.suppress(RuntimeError), sdpa_kernel([kernel]):
+                found[name] = _milliseconds(attend)
+    if not found:
+        return None
+    return KernelTimes(dict(sorted(found.items(), key=lambda item: item[1])))
+
+
+def _milliseconds(call: Any) -> float:
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(PASSES):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / PASSES
