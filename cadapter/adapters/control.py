@@ -324,7 +324,7 @@ class ControlledBlock(nn.Module):
     * site "writes": on what the attention and the MLP write, each on its own.
 
     Args:
-        block: the decoder block; taps are put around its modules.
+        block: the decoder block, or one that has an adapter already; taps are put around its modules.
         adapter: of this layer.
         family: the facts of the block.
         residual_scale: what the block multiplies the outputs of its modules by before it adds them.
@@ -339,6 +339,8 @@ class ControlledBlock(nn.Module):
         self.fixed: Sequence[Transform] | None = None
         self._current = _Current()
         seen = family.added if adapter.settings.site == "block" else MODULES
+        while isinstance(block, ControlledBlock):  # adapters around adapters: taps stand around taps
+            block = block.block
         for place, name in enumerate(seen or ()):
             setattr(block, name, _Tap(getattr(block, name), place, adapter, self._current))
 

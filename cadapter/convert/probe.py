@@ -63,14 +63,14 @@ def probe_rows(base: Checkpoint, file: Path | None) -> list[Tensor]:
     Raises:
         UsageError: the base has no tokenizer, or the text cannot be read or is too short.
     """
-    tokenizer = Tokenizer(base.directory).fast
-    ids = tokenizer(_text(file), add_special_tokens=False)["input_ids"]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokenizer = Tokenizer(base.directory)
+    [ids], bos = tokenizer.encode([_text(file)]), tokenizer.fast.bos_token_id
+    start = [] if bos is None else [bos]
     if len(ids) < FEWEST_TOKENS:
         raise UsageError(f"--text {file}: the text has {len(ids)} tokens, too few to compare models on.")
     longest = min(ROW_TOKENS, getattr(base.config, "max_position_embeddings", None) or ROW_TOKENS)
     step = longest - len(start)
-    rows = [start + ids[at : at + step] for at in range(0, min(len(ids), MOST_ROWS * step), step)]
+    rows = [[*start, *ids[at : at + step].tolist()] for at in range(0, min(len(ids), MOST_ROWS * step), step)]
     if len(rows) > 1 and len(rows[-1]) < len(start) + FEWEST_TOKENS:
         rows.pop()
     return [torch.tensor([row]) for row in rows]

@@ -152,7 +152,8 @@ class BlockRunner:
 
 
 def _run(function: Callable[..., Any], share: float, *args: Any) -> Any:
-    assert 0 <= share <= 1  # compiled code is made for a value only if the value is looked at
+    if not 0 <= share <= 1:  # compiled code is made for a value only if the value is looked at
+        raise ValueError(f"{share} is no share")
     return function(*args)
 
 
@@ -160,7 +161,7 @@ class _Copy:
     """A tensor in host memory, on its way there, or on its way back."""
 
     def __init__(self, host: Tensor, before: _Copy | None) -> None:
-        self.host: Tensor | None = host
+        self.host = host
         self.before = before
         self.back: Tensor | None = None
 
@@ -199,19 +200,18 @@ class HostCopies:
         self._last = _Copy(host, self._last)
         return self._last
 
-    def _fetch(self, copy: _Copy) -> None:
-        if copy.host is not None and copy.back is None:
+    def _fetch(self, copy: _Copy) -> Tensor:
+        if copy.back is None:
             with torch.cuda.stream(self._stream):
                 copy.back = copy.host.to(self._stream.device, non_blocking=True)
+        return copy.back
 
     def _unpack(self, kept: Any) -> Tensor:
         if not isinstance(kept, _Copy):
             return kept
-        self._fetch(kept)
+        tensor, kept.back = self._fetch(kept), None
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
-        tensor, kept.host, kept.back = kept.back, None, None
-        assert tensor is not None
         tensor.record_stream(current)
         if kept.before is not None:
             self._fetch(kept.before)
