@@ -216,8 +216,8 @@ def test_options_that_the_pages_name_exist() -> None:
         for parameter in command.params:
             known.update(getattr(parameter, "opts", []))
     foreign = {
-        "--all", "--memory-megabytes", "--nproc-per-node", "--shape", "--variant", "--lora", "--lora-scaled", "--settings",
-        "--steps", "--table",
+        "--all", "--memory-megabytes", "--nproc-per-node", "--shape", "--variant", "--lora", "--lora-scaled",
+        "--settings", "--steps", "--table",
     }  # fmt: skip
     for page in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text("utf-8")))
