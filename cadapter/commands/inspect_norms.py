@@ -59,6 +59,8 @@ def command(
     from cadapter.files import write_bytes, write_text
     from cadapter.terminal import progress
 
+    if fail_above is not None and not (math.isfinite(fail_above) and fail_above >= 0):
+        raise UsageError(f"--fail-above {fail_above:g}: give a number of at least 0.")
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: the picture is a PNG; give a name that ends in .png.")
     control = read_control_adapter(adapter)

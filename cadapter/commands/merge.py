@@ -112,7 +112,8 @@ def command(
     )
     if rows:
         source = recipe.adapters if len(recipe.adapters) == len(recipe.steps) else recipe.plan
-        judge = partial(verdict, exact=recipe.exact, rounded_to=_less_than_float32(summary.dtypes))
+        chosen = writers.value if writers else None
+        judge = partial(verdict, exact=recipe.exact, rounded_to=_less_than_float32(summary.dtypes), writers=chosen)
         show_fidelity(model, source, Checkpoint(output), rows, judge, device)
 
 

@@ -69,3 +69,5 @@ def check_output(output: Path, force: bool, *inputs: str | Path) -> None:
             raise UsageError(
                 f"{output} is or holds the input {given}, which --force would remove: choose another output."
             )
+        if target.exists() and source in target.parents:
+            raise UsageError(f"{output} is part of the input {given}: choose another output.")

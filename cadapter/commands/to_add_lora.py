@@ -80,7 +80,8 @@ def command(
     note(f"{output}: LoRA at {dial}, {summary.pairs} modules{biases} of {summary.layers} layers, rank {summary.rank}.")
     if rows:
         converted = ChangedCheckpoint(model.directory, make_recipe(model, output, Dial()).plan)
-        judge = partial(verdict, exact=summary.exact, truncated=summary.rank < control.rank)
+        chosen = writers.value if writers else None
+        judge = partial(verdict, exact=summary.exact, truncated=summary.rank < control.rank, writers=chosen)
         show_fidelity(model, [(control, dial)], converted, rows, judge)
 
 

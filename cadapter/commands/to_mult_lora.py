@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,7 +31,9 @@ def command(
     strength: StrengthOption = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The base model, where the adapter does not record its family."),
+        typer.Option(
+            metavar="MODEL", help="The base model, for --verify or where the adapter does not record its family."
+        ),
     ] = None,
     writers: WritersOption = None,
     verify: VerifyOption = False,
@@ -57,6 +60,7 @@ def command(
     control = read_control_adapter(adapter)
     model = Checkpoint(resolve_model(base)) if base else None
     recorded = control.base_model_name_or_path
+    recorded = recorded if recorded and Path(recorded).is_dir() else None
     tested = Checkpoint(resolve_model(recorded)) if verify and model is None and recorded else model
     rows = rows_for(tested, verify, text)
     summary = to_mult_lora(
@@ -75,4 +79,5 @@ def command(
     )
     if tested is not None and rows:
         converted = ChangedCheckpoint(tested.directory, make_recipe(tested, output, Dial()).plan)
-        show_fidelity(tested, [(control, dial)], converted, rows, partial(verdict, exact=summary.exact))
+        judge = partial(verdict, exact=summary.exact, writers=writers.value if writers else None)
+        show_fidelity(tested, [(control, dial)], converted, rows, judge)

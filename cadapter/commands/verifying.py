@@ -49,7 +49,7 @@ def rows_for(base: Checkpoint | None, verify: bool, text: Path | None) -> list[T
             raise UsageError("--text is the text for --verify: give both, or leave it out.")
         return []
     if base is None:
-        raise UsageError("--verify runs the base model, which is not known here.\nGive it with --base.")
+        raise UsageError("--verify runs the base model, and the adapter names none that is here.\nGive it with --base.")
     return probe_rows(base, text)
 
 

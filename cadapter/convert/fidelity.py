@@ -149,11 +149,10 @@ def measure(
         advance: called with 1 after each block.
     """
     rows = [row.to(base.device) for row in rows]
-    embedding = base.embedding()
-    start = [embedding(row) * base.embedding_scale for row in rows]
-    streams = [list(start), list(start), list(start)]
-    frames = (Frame(base), Frame(base), Frame(converted))
-    release(embedding)
+    models = (base, native if isinstance(native, CausalLM) else base, converted)
+    start = _embedded(base, rows)
+    streams = [list(start) if model is base else _embedded(model, rows) for model in models]
+    frames = [Frame(model) for model in models]
     for index in range(base.layer_count):
         bare, other = base.block(index), converted.block(index)
         blocks = [bare, native.block(index) if isinstance(native, CausalLM) else native(index, bare), other]
@@ -163,7 +162,7 @@ def measure(
         for block in blocks:
             release(block)
         advance(1)
-    return _compare(base, converted, streams)
+    return _compare(models, streams)
 
 
 def release(module: nn.Module) -> None:
@@ -171,17 +170,25 @@ def release(module: nn.Module) -> None:
     module.to("meta")
 
 
-def _compare(base: CausalLM, converted: CausalLM, streams: Sequence[Sequence[Tensor]]) -> Fidelity:
+def _embedded(model: CausalLM, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Hidden states of the rows before the first block."""
+    embedding = model.embedding()
+    found = [embedding(row) * model.embedding_scale for row in rows]
+    release(embedding)
+    return found
+
+
+def _compare(models: Sequence[CausalLM], streams: Sequence[Sequence[Tensor]]) -> Fidelity:
     """Heads, softmax and divergences, in float64 over chunks of positions."""
     hidden = [torch.cat([row[0] for row in stream]) for stream in streams]
-    norm, head = base.final_norm(), base.head_weight()
-    other_norm, other_head = converted.final_norm(), converted.head_weight()
+    heads = [(model.final_norm(), model.head_weight(), model.logits) for model in models]
     found: list[list[Tensor]] = []
-    step = max(1, CHUNK_BYTES // (8 * head.shape[0]))
+    step = max(1, CHUNK_BYTES // (8 * heads[0][1].shape[0]))
     for at in range(0, len(hidden[0]), step):
-        chunks = [part[at : at + step] for part in hidden]
-        logits = [norm(chunks[0]) @ head.T, norm(chunks[1]) @ head.T, other_norm(chunks[2]) @ other_head.T]
-        logs = [torch.log_softmax(base.logits.apply(each.float()).double(), dim=1) for each in logits]
+        logs = [
+            torch.log_softmax(facts.apply((norm(part[at : at + step]) @ head.T).float()).double(), dim=1)
+            for part, (norm, head, facts) in zip(hidden, heads, strict=True)
+        ]
         tops = [each.argmax(dim=1) for each in logs]
         found.append([_kl(logs[1], logs[2]), tops[1] == tops[2], _kl(logs[0], logs[1]), tops[0] == tops[1]])
     kl, agrees, effect, kept = (torch.cat([part[k] for part in found]).double() for k in range(4))
@@ -201,17 +208,22 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=1).clamp_min(0)
 
 
-def verdict(found: Fidelity, exact: bool, truncated: bool = False, rounded_to: str | None = None) -> tuple[bool, str]:
+def verdict(
+    found: Fidelity, exact: bool, truncated: bool = False, rounded_to: str | None = None, writers: str | None = None
+) -> tuple[bool, str]:
     """Whether a conversion is as it must be, and in words what was found.
 
     Args:
         exact: its mathematics says that it is the adapter.
+        writers: those that were asked for instead of those of the adapter's site.
         truncated: to a smaller rank.
         rounded_to: the dtype that changed weights were rounded to, where it is less than float32.
     """
     lost = f"{found.share:.2%} of the adapter's effect (KL)"
     if truncated:
         return True, f"Truncation loses {lost}. Without --rank the adapter's own rank is kept."
+    if not exact and writers is not None:
+        return True, f"The conversion misses the adapter by {lost}. Without --writers it follows the adapter's site."
     if not exact:
         return True, (
             f'The conversion misses the adapter by {lost}. One that is trained with control_site = "writes" or "mlp" '

@@ -6,6 +6,8 @@ pair, ``s·r``; a pair whose own s·r differs has the quotient in its B.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -119,6 +121,10 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        except OSError as error:
+            if error.errno is None:  # numpy says how much could be written, and not why no more
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
         finally:
             writer.close()
     return summary

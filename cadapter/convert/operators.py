@@ -6,6 +6,7 @@ weights becomes ``(I + W_t)·W_lin`` on its writers, with ``I + W_t = (I + W)^t`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -42,7 +43,7 @@ class Dial:
         """The dial of the options --strength, --scale and --inverse, which exclude one another.
 
         Raises:
-            UsageError: more than one of them is given.
+            UsageError: more than one of them is given, or a scale that is no finite number.
         """
         given = [
             name
@@ -55,6 +56,8 @@ class Dial:
         ]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude one another: give one of them.")
+        if scale is not None and not math.isfinite(scale):
+            raise UsageError(f"--scale {scale}: the scale must be a finite number.")
         if inverse:
             return cls(strength=-1.0)
         return cls(1.0 if strength is None else strength, 1.0 if scale is None else scale, strength is not None)

@@ -68,6 +68,15 @@ def test_another_form_does_not_resume_and_does_not_start_from_it(command_project
     assert 'was trained with control_form = "symmetric", not "general"' in result.stderr
 
 
+def test_more_directions_than_there_are_is_refused_before_anything_is_written(command_project: Project) -> None:
+    config = command_project.write_config("too-many", control_form="symmetric", lora_rank=65)
+    for options in (["--dry-run"], []):
+        result = run("train", config, *options)
+        assert result.returncode == 2
+        assert "lora_rank = 65" in result.stderr
+    assert not (command_project.root / "too-many").exists()
+
+
 @pytest.mark.parametrize("strength", ["-1", "0.5"])
 def test_merged_models_score_as_the_adapter_does(
     command_project: Project, trained: Path, tmp_path: Path, strength: str

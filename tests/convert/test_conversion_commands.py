@@ -129,6 +129,10 @@ def test_force_does_not_remove_an_input(base, adapter):
         result = run(*command, "--force")
         assert result.exit_code == 2
         assert "would remove" in result.stderr
+    (adapter / "inside").mkdir()
+    result = run("merge", base, adapter, adapter / "inside", "--force")
+    assert result.exit_code == 2
+    assert "is part of the input" in result.stderr
     assert Checkpoint(base).names()
     assert (adapter / "adapter_config.json").exists()
 
@@ -149,6 +153,8 @@ def test_force_does_not_remove_an_input(base, adapter):
         (("to-add-lora", "BASE", "ADAPTER", "OUT", "--rank", "9"), "has rank 4"),
         (("to-mult-lora", "ADAPTER", "OUT", "--strength", "nan"), "not a finite number"),
         (("inspect-norms", "nowhere"), "nowhere is not a directory"),
+        (("inspect-norms", "ADAPTER", "--fail-above", "nan"), "a number of at least 0"),
+        (("merge", "BASE", "ADAPTER", "OUT", "--scale", "nan"), "the scale must be a finite number"),
     ],
 )
 def test_mistakes_are_told_in_plain_lines(arguments, message, base, adapter, model_directory, tmp_path):

@@ -10,8 +10,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cadapter.adapters.directory import read_control_adapter
+from cadapter.adapters.lora_directory import lora_fields
 from cadapter.cli import app
 from cadapter.convert.fidelity import ChangedCheckpoint, Fidelity, verdict, verify
+from cadapter.convert.lora_directory import LoraPair, write_lora
 from cadapter.convert.merge import merge_model
 from cadapter.convert.operators import Dial
 from cadapter.convert.plan import make_recipe
@@ -130,7 +132,7 @@ def test_a_conversion_that_leaves_something_out_does_not_pass(with_tokenizer, ma
         ("merge", (), "is the adapter, to float32 rounding"),
         ("merge", ("--dtype", "bfloat16"), "rounding its weights to bfloat16 costs 0."),
         ("merge", ("--scale", "-0.7"), "is the adapter, to float32 rounding"),
-        ("merge", ("--writers", "mlp"), "misses the adapter by"),
+        ("merge", ("--writers", "mlp"), "Without --writers it follows the adapter's site"),
         ("to-add-lora", ("--strength", "-0.5"), "is the adapter, to float32 rounding"),
         ("to-add-lora", ("--rank", "2"), "Truncation loses"),
         ("to-mult-lora", ("--inverse",), "is the adapter, to float32 rounding"),
@@ -148,6 +150,29 @@ def test_the_commands_say_how_close_they_come(command, options, words, with_toke
 def test_a_lora_is_compared_with_its_own_change(with_tokenizer, make_adapter, tmp_path):
     base = with_tokenizer("llama-biased")
     assert run("to-add-lora", base, make_adapter(base), tmp_path / "lora").exit_code == 0
+    result = run("merge", base, tmp_path / "lora", tmp_path / "out", "--verify")
+    assert result.exit_code == 0, result.stderr
+    assert "is the adapter, to float32 rounding" in result.stdout
+
+
+def test_rounding_is_that_of_all_weights(with_tokenizer, make_adapter, tmp_path):
+    """With --dtype the embeddings and the head are rounded as well, before and behind the blocks."""
+    base, adapter = with_tokenizer("llama"), make_adapter(with_tokenizer("llama"))
+    recipe, output = make_recipe(Checkpoint(base), adapter, Dial()), tmp_path / "merged"
+    merge_model(Checkpoint(base), recipe.plan, output, lambda summary: "card\n", dtype="bfloat16")
+    rows = probe_rows(Checkpoint(base), None)[:2]
+    found = compared(base, recipe.adapters, Checkpoint(output), rows)
+    divergence = [kl(steered_logits(base, adapter, row, [1.0])[0][0], logits_of(output, row)[0]) for row in rows]
+    assert found.kl_mean == pytest.approx(torch.cat(divergence).mean().item(), rel=1e-3)  # float32 in two programs
+    assert not found.within_rounding
+
+
+def test_a_lora_on_the_head_is_compared_with_its_head(with_tokenizer, tmp_path):
+    base, width = with_tokenizer("llama"), Checkpoint(with_tokenizer("llama")).config.hidden_size
+    pair = LoraPair(torch.randn(2, width), 0.1 * torch.randn(TOKENIZED["vocab_size"], 2), 1.0)
+    (tmp_path / "lora").mkdir()
+    config = lora_fields("LORA", 2, 2, ["lm_head"], [], str(base))
+    write_lora(tmp_path / "lora", config, {"lm_head": pair}, "card\n")
     result = run("merge", base, tmp_path / "lora", tmp_path / "out", "--verify")
     assert result.exit_code == 0, result.stderr
     assert "is the adapter, to float32 rounding" in result.stdout

@@ -57,6 +57,9 @@ class ControlMode:
         decay: λ of the composite decay, or of the decay of S.
         gamma: γ, how far a step goes toward orthonormal columns of Q in the symmetric form.
         base_name: the base as the config names it.
+
+    Raises:
+        UsageError: more directions than the hidden size are asked for.
     """
 
     name = "control"
@@ -71,6 +74,11 @@ class ControlMode:
         gamma: float = 0.5,
         base_name: str = "",
     ) -> None:
+        if settings.form == "symmetric" and settings.rank > model.hidden_size:
+            raise UsageError(
+                f"lora_rank = {settings.rank}: the symmetric form has at most as many directions as the model's hidden "
+                f"size, {model.hidden_size}.\nSet a smaller lora_rank."
+            )
         self.model = model
         self.layers = list(layers)
         self.settings = settings
