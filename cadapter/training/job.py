@@ -81,23 +81,30 @@ def run_job(
         CadapterError: a process was killed and could not say so itself.
     """
     received: list[int] = []
-    # A session of its own: Ctrl-C reaches the workers through us alone, not the launcher, which would kill them.
-    job = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent())
+    job: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         if number != signal.SIGUSR1:
             received.append(number)
-        if not tell(number) and number != signal.SIGUSR1:
+        if job is not None and not tell(number) and number != signal.SIGUSR1:
             job.terminate()
 
-    previous = {number: signal.signal(number, pass_on) for number in REQUESTS}
+    stops = [number for number in REQUESTS if number != signal.SIGUSR1]
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, pass_on) for number in stops}
     try:
+        # A session of its own: Ctrl-C reaches the workers through us alone, not the launcher, which would kill them.
+        job = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent())
+        # Not sooner: until then SIGUSR1 is ignored, which what is started here inherits.
+        previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, pass_on)
+        if received:  # while it was being started
+            job.terminate()
         code = job.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)  # whatever of the job is left
+        if job is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)  # whatever of the job is left
     if code and received:
         return 128 + received[-1]
     killed_by = -code if code < 0 else 256 - code if code > SMALLEST_NEGATIVE_CODE else 0

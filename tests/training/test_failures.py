@@ -61,7 +61,7 @@ def ended(process: subprocess.Popen[str], members: dict[str, psutil.Process], se
     return errors
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize("victim", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_is_named(project: Project, victim: str) -> None:
     with training(project, f"killed-{victim}", 2) as process:
         members = family(process)
@@ -85,7 +85,8 @@ def test_a_launcher_that_is_killed_is_named(project: Project) -> None:
     assert "error: A process was killed by signal 9" in errors
 
 
-@pytest.mark.parametrize("victim", ["1", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["1", "0"])
 def test_a_process_that_stands_still_is_named_with_its_stage_and_phase(project: Project, victim: str) -> None:
     name = f"still-{victim}"
     with training(project, name, 3, **TIMEOUT) as process:

@@ -127,7 +127,7 @@ def half_on_two_stages(project: Project) -> Path:
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("stages", "replicas"),
-    [(1, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)],
+    [(1, 1), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((4, 1), (1, 2), (2, 2)))],
 )
 def test_a_checkpoint_goes_on_in_any_layout(
     project: Project, straight: Path, half_on_two_stages: Path, tmp_path: Path, stages: int, replicas: int
