@@ -28,6 +28,7 @@ from cadapter.errors import UsageError
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+DEVELOPMENT = ROOT / "docs" / "development.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [
     *DOCUMENTS,
@@ -169,7 +170,7 @@ def test_the_command_lines_of_a_document_run_in_order(document: Path, fresh: Pat
             else:
                 assert run_here(line).strip() or ">" in line
     assert skipped == SKIPPED.get(document.name, {})
-    assert len(lines) > sum(skipped.values())
+    assert not lines or len(lines) > sum(skipped.values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -229,7 +230,7 @@ def test_options_that_the_pages_name_exist() -> None:
 
 def map_of_the_code() -> dict[str, str]:
     """Path → what the map says of it; folders end with "/"."""
-    (text,) = [block for block in blocks(README, "text") if block.startswith("cadapter/ ")]
+    (text,) = [block for block in blocks(DEVELOPMENT, "text") if block.startswith("cadapter/ ")]
     found, folders = {}, [""]
     for line in text.splitlines():
         match = re.fullmatch(r"( *)(\S+)(?: +(.+))?", line)
@@ -258,7 +259,7 @@ def test_the_map_names_what_exists_and_leaves_no_module_out() -> None:
 
 
 def test_the_five_files_to_read_first_exist() -> None:
-    tour = re.findall(r"^\d\. `([^`]+)`: ", README.read_text("utf-8"), re.MULTILINE)
+    tour = re.findall(r"^\d\. `([^`]+)`: ", DEVELOPMENT.read_text("utf-8"), re.MULTILINE)
     assert len(tour) == 5
     assert all((ROOT / path).is_file() for path in tour)
 
