@@ -308,8 +308,9 @@ def test_options_that_the_pages_name_exist() -> None:
         for parameter in command.params:
             known.update(getattr(parameter, "opts", []))
     foreign = {
-        "--all", "--memory-megabytes", "--nproc-per-node", "--shape", "--variant", "--lora", "--lora-scaled",
-        "--settings", "--steps", "--table",
+        "--all", "--control-vector", "--logdir", "--lora", "--lora-scaled", "--memory-megabytes", "--nodes",
+        "--nproc-per-node", "--ntasks-per-node", "--outfile", "--settings", "--shape", "--shm-size", "--steps",
+        "--table", "--variant",
     }  # fmt: skip
     for page in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text("utf-8")))

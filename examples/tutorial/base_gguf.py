@@ -2,8 +2,8 @@
 
 python base_gguf.py BASE OUTPUT.gguf
 
-For this one model only, a Llama with a byte-level BPE tokenizer of its own, which llama.cpp's convert_hf_to_gguf.py does
-not know. Any model that others use is converted with that.
+For this one model only, a Llama with a byte-level BPE tokenizer of its own, which llama.cpp's convert_hf_to_gguf.py
+does not know. Models that others use are converted with that.
 """
 
 from __future__ import annotations
