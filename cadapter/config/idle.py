@@ -78,7 +78,8 @@ def _idle_in_run(config: Config, steps: int, layers: int, neutral_tokens: int) -
         yield Problem(("warmup_steps",), text)
     every: Any = config.activation_checkpointing
     if isinstance(every, int) and every > layers:
-        text = f'the model has {layers} layers only, of which the first alone is computed again; give at most {layers}, or "none"'
+        alone = f"the model has {layers} layers only, of which the first alone is computed again"
+        text = f'{alone}; give at most {layers}, or "none"'
         yield Problem(("activation_checkpointing",), text)
     if config.control_class0_lambda > 0 and _may_hold_neutral(config) and not neutral_tokens:
         text = "has no effect, since no text has class 0; remove it, or check what class_field says"

@@ -68,8 +68,8 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     plan = plan_run(config, world, resume_from)
     if world.is_main:
         neutral = int(plan.data.train.trained[2])
-        idle = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
-        for text in located(idle, source, options.overrides):
+        missed = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
+        for text in located(missed, source, options.overrides):
             warn(text)
         show_plan(plan)
     on_main(lambda: check_room(room_of(plan), directory), world)
@@ -223,9 +223,10 @@ def _layer_name(index: int, count: int) -> str:
 
 
 def _show_end(position: Position, directory: RunDirectory, plan: Plan) -> None:
-    seconds, tokens, skipped = position.seconds, position.tokens, position.skipped
+    seconds, tokens = position.seconds, position.tokens
+    skipped = f" ({position.skipped:,} of them skipped)" if position.skipped else ""
     note(
-        f"Trained {position.step:,} steps{f' ({skipped:,} of them skipped)' if skipped else ''} on {tokens:,} tokens in {seconds:,.0f} s "
+        f"Trained {position.step:,} steps{skipped} on {tokens:,} tokens in {seconds:,.0f} s "
         f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)."
     )
     what = "model" if plan.mode.name == "full" else "adapter"

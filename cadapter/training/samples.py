@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadapter.adapters.control import ControlledBlock
+from cadapter.adapters.control import ControlAdapter, ControlledBlock
 from cadapter.adapters.strengths import factors_of
 from cadapter.classes import NEGATIVE, NEUTRAL, POSITIVE
 from cadapter.config import Config
@@ -141,15 +141,14 @@ class Sampler:
     @contextlib.contextmanager
     def _inverse(self) -> Iterator[str | None]:
         """Use the exact inverse for strength −1, as everywhere outside training; say why where there is none."""
-        wrapped = [
-            layer
+        wrapped: list[tuple[DecoderLayer, ControlAdapter]] = [
+            (layer, layer.block.adapter)
             for layer in self._pipeline.layers()
             if isinstance(layer, DecoderLayer) and isinstance(layer.block, ControlledBlock)
         ]
         trouble = ""
         try:
-            for layer in wrapped:
-                adapter = layer.block.adapter
+            for layer, adapter in wrapped:
                 factors, device = factors_of(adapter), next(adapter.parameters()).device
                 turned = []
                 for t in (POSITIVE, NEGATIVE):
@@ -162,7 +161,7 @@ class Sampler:
         try:
             yield (trouble or "an inverse of another stage does not exist") if int(missing) else None
         finally:
-            for layer in wrapped:
+            for layer, _ in wrapped:
                 layer.set_transforms(None)
 
     def _write_token(self, rows: Sequence[_Row], place: int) -> bool:

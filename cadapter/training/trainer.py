@@ -19,8 +19,8 @@ from cadapter.config import Config
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
 from cadapter.errors import CadapterError, Stopped
 from cadapter.files import new_directory
-from cadapter.models.layers import DecoderLayer
 from cadapter.models.device import memory_in_words, peak_memory
+from cadapter.models.layers import DecoderLayer
 from cadapter.terminal import note, warn
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
 from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world

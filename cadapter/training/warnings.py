@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import pairwise
 
 from cadapter.adapters.guidelines import Guideline
 
@@ -79,8 +80,8 @@ class ClassWatch:
                 return (
                     f"the loss of class {names[0]} has risen {how_long} ({first[rising]:.4f} to {last[rising]:.4f}) "
                     f"while that of class {names[1]} fell ({first[falling]:.4f} to {last[falling]:.4f}): the adapter "
-                    f"learns one class at the other's cost. Look at the texts of class {names[0]} and at how many there "
-                    "are; class_weights can give them more weight, a smaller lr more balance."
+                    f"learns one class at the other's cost. Look at the texts of class {names[0]} and at how many "
+                    "there are; class_weights can give them more weight, a smaller lr more balance."
                 )
         return None
 
@@ -90,4 +91,4 @@ def _both_finite(*values: float | None) -> bool:
 
 
 def _is_sorted(values: tuple[float, ...], direction: int) -> bool:
-    return all(direction * (after - before) > 0 for before, after in zip(values, values[1:], strict=False))
+    return all(direction * (after - before) > 0 for before, after in pairwise(values))
