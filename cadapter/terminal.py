@@ -10,6 +10,7 @@ import functools
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,11 @@ def can_redraw(screen: Console) -> bool:
 def spelt(text: str, encoding: str) -> str:
     """``text`` with words for what ``encoding`` lacks: "‖W‖₂" becomes "||W||2"."""
     return text.encode(encoding, _ENCODING_ERRORS).decode(encoding)
+
+
+def without_controls(text: str) -> str:
+    """``text`` with "�" for whatever could steer a terminal: a model may write anything. Line breaks and tabs stay."""
+    return "".join("�" if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text)
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:

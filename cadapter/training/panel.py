@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.panel import Panel as Frame
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -23,7 +24,8 @@ from cadapter.terminal import spelt
 WIDEST = 92
 """A line is read with ease up to about so many characters."""
 NARROW = 56
-"""On a terminal of fewer characters there is no frame, and labels are as short as they can be."""
+"""On a terminal of fewer characters there is no frame, and labels are cut to ``SHORT_LABEL``."""
+SHORT_LABEL = 5
 GAP = "   "
 
 Piece = tuple[str, str]
@@ -98,7 +100,7 @@ def rows_of(view: View) -> list[tuple[str, list[Piece]]]:
         pieces = [*_losses("eval", view.evaluation), (f"after step {view.evaluated:,}", "dim")]
         if view.lowest is not None and view.lowest[1] != view.evaluated:
             pieces.append((f"lowest {short(view.lowest[0])} after step {view.lowest[1]:,}", "dim"))
-        rows.append(("evaluation", pieces))
+        rows.append(("eval", pieces))
     if "train/norm_max" in values:
         norms = [(f"‖W‖F max {values['train/norm_max']:.3g}", "")]
         if "train/spectral_max" in values:
@@ -153,7 +155,7 @@ class Panel:
         def say(pieces: Sequence[Piece]) -> list[Piece]:
             return [(spelt(words, console.encoding), style) for words, style in pieces]
 
-        rows = [(label, say(pieces)) for label, pieces in rows_of(view)]
+        rows = [(label if framed else label[:SHORT_LABEL], say(pieces)) for label, pieces in rows_of(view)]
         labels = max(len(label) for label, _ in rows) + 2
         grid = Table.grid(padding=0)
         grid.add_column(width=labels, style="dim")
@@ -163,10 +165,12 @@ class Panel:
         done = [(f"step {view.step:,} of {view.total:,}", "bold"), (f"epoch {view.epoch}", "")]
         if view.left is not None:
             done.append((f"{duration(view.left)} left", ""))
-        bar = ProgressBar(total=view.total, completed=view.step, width=inner, complete_style="cyan", style="dim")
-        body: RenderableType = Group(in_lines(say(done), inner), bar, grid)
+        styles = {"complete_style": "cyan", "finished_style": "cyan", "style": "dim"}
+        bar = ProgressBar(total=view.total, completed=view.step, width=inner, **styles)
+        # A bar ends no line by itself; padded by nothing it does.
+        body: RenderableType = Group(in_lines(say(done), inner), Padding(bar, 0), grid)
         if framed:
-            title = Text(spelt(f" {view.title} ", console.encoding), style="dim")
+            title = Text(spelt(view.title, console.encoding), style="dim")
             title.truncate(inner - 2, overflow="ellipsis" if "utf" in console.encoding else "crop")
             body = Frame(body, title=title, title_align="left", box=box.ROUNDED, border_style="dim", width=width)
         yield body

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from cadapter.adapters.guidelines import Guideline
 from cadapter.files import write_text
-from cadapter.terminal import can_redraw, console, is_quiet
+from cadapter.terminal import can_redraw, console, is_quiet, without_controls
 from cadapter.training.panel import Panel, View, classes_of, duration, short
 from cadapter.training.samples import Sample
 
@@ -208,16 +209,23 @@ class Reporter:
         for number, prompt in enumerate(dict.fromkeys(each.prompt for each in samples)):
             own = [each for each in samples if each.prompt == prompt]
             self._board.add_text(f"samples/prompt_{number}", _as_markdown(prompt, own), step)
-            self.say("\n".join([f"samples after step {step}: {prompt}", *(_as_lines(each) for each in own)]))
+            width = self._console.width if self._console.is_terminal else None
+            lines = (line for each in own for line in _as_lines(each, width))
+            self.say("\n".join([f"samples after step {step}: {without_controls(prompt)}", *lines]))
 
 
 def _name(strength: int) -> str:
     return {1: "+1", 0: " 0", -1: "−1"}[strength]
 
 
-def _as_lines(sample: Sample) -> str:
-    """A sample for the log: its strength, and each of its lines indented."""
-    return f"  {_name(sample.strength)}  " + "\n      ".join(sample.text.strip().splitlines() or ["(nothing)"])
+def _as_lines(sample: Sample, width: int | None) -> Iterator[str]:
+    """A sample for whoever watches: its strength, then its lines, indented; broken only where ``width`` is given."""
+    begin, text = f"  {_name(sample.strength)}  ", without_controls(sample.text).strip()
+    for line in text.splitlines() or ["(nothing)"]:
+        room = len(line) if width is None else width - len(begin)
+        for part in textwrap.wrap(line, max(room, 20)) or [""]:
+            yield begin + part
+            begin = " " * len(begin)
 
 
 def _as_markdown(prompt: str, samples: Sequence[Sample]) -> str:
