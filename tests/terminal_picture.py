@@ -1,11 +1,12 @@
 """The picture of a run on a terminal: ``python -m tests.terminal_picture CONFIG STEP PICTURE.png [OPTION …]``.
 
-Runs ``cadapter train CONFIG OPTION …`` on a real pseudo-terminal, takes what stood on it once the panel showed STEP, and
-has Chromium draw it.
+Runs ``cadapter train CONFIG OPTION …`` on a real pseudo-terminal, takes what stood on it once the panel showed STEP,
+and has Chromium draw it.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ NORMAL = [(60, 64, 72), (224, 108, 117), (135, 190, 120), (220, 185, 110), (97, 
           (95, 180, 190), TEXT]  # fmt: skip
 THEME = TerminalTheme(BACKGROUND, TEXT, NORMAL, NORMAL)
 FONT = "DejaVu Sans Mono"
-COLOURS = 48
+COLOURS = 128
 """Of the picture, which keeps its file small."""
 
 
@@ -44,7 +45,7 @@ def screen_at(config: str, step: int, options: list[str]) -> list[str]:
 
 def draw(lines: list[str], picture: Path) -> None:
     """Have Chromium draw ``lines``."""
-    console = Console(record=True, width=COLUMNS, file=tempfile.TemporaryFile("w"), force_terminal=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for line in lines:
         console.print(Text.from_ansi(line), soft_wrap=True)
     svg = console.export_svg(title="", theme=THEME)

@@ -18,7 +18,7 @@ from tests.tiny_project import environment
 
 PATIENCE = 180
 UP = "\x1b[1A\x1b[2K"
-"""What rich writes for each line that it draws over; before it draws again, it erases the one that it stands in, too."""
+"""What rich writes for each line that it draws over; before it draws again, it erases the one it stands in, too."""
 _ERASING = re.compile(rf"\r(?:\x1b\[2K)?(?:{re.escape(UP)})*")
 _STYLE = re.compile(r"\x1b\[[\d;]*m")
 _CURSOR = re.compile(r"\x1b\[\?25[lh]")

@@ -18,6 +18,7 @@ from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
+from cadapter.models.attention import check_installed
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
@@ -73,6 +74,7 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
         UsageError: it is no usable model.
     """
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    check_installed(config.attn_implementation)
     place = directory or resolve_model(config.model_dir)
     return CausalLM(place, DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
 

@@ -165,8 +165,7 @@ class Panel:
         done = [(f"step {view.step:,} of {view.total:,}", "bold"), (f"epoch {view.epoch}", "")]
         if view.left is not None:
             done.append((f"{duration(view.left)} left", ""))
-        styles = {"complete_style": "cyan", "finished_style": "cyan", "style": "dim"}
-        bar = ProgressBar(total=view.total, completed=view.step, width=inner, **styles)
+        bar = ProgressBar(view.total, view.step, inner, style="dim", complete_style="cyan", finished_style="cyan")
         # A bar ends no line by itself; padded by nothing it does.
         body: RenderableType = Group(in_lines(say(done), inner), Padding(bar, 0), grid)
         if framed:
