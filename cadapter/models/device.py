@@ -37,7 +37,7 @@ def peak_memory(device: torch.device) -> int:
 def memory_in_words(peak: float, device: torch.device) -> str:
     """``peak`` bytes beside what there is on a GPU, for whoever watches."""
     if device.type == "cuda":
-        return f"{peak / GIB:.1f} of {torch.cuda.mem_get_info(device)[1] / GIB:.1f} GiB"
+        return f"{peak / GIB:.1f} of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
     return f"{peak / GIB:.2f} GiB"
 
 
