@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
-from cadapter.models.attention import time_kernels
+from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.terminal import note, table, warn
 from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
@@ -120,9 +120,19 @@ def _reporter(run: Run) -> Reporter:
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
     """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
     config, model = plan.config, plan.model
-    if model.config._attn_implementation == "sdpa":
-        times = time_kernels(model.config, config.micro_batch_size, config.sequence_len, model.dtype, world.device)
+    if model.attention == "sdpa":
+        times = time_kernels(
+            model.config,
+            config.micro_batch_size,
+            config.sequence_len,
+            model.dtype,
+            world.device,
+            isolated=plan.builder.carrier.positions,
+            block_masks=config.attn_implementation == "auto" and compiles(config, model) and model.takes_block_masks,
+        )
         if times is not None:
+            if times.fastest == BLOCK_MASKS:
+                model.attend_by_block_masks()
             stack.enter_context(times.preferred())
             if world.is_main:
                 note(times.in_words())
