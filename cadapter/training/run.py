@@ -113,7 +113,9 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
 def _reporter(run: Run) -> Reporter:
     position, directory = run.position, run.directory.path
     lowest = None if position.best_loss is None else (position.best_loss, position.best_step)
-    title = f"{TITLES[run.mode.name]} · {directory}"
+    stages, replicas = run.layout.stages, run.layout.replicas
+    several = [f"{count} {name}" for count, name in ((stages, "stages"), (replicas, "replicas")) if count > 1]
+    title = " · ".join([TITLES[run.mode.name], *several, str(directory)])
     return Reporter(directory, run.plan.total_steps, position.step + 1, title, lowest)
 
 

@@ -133,12 +133,13 @@ class Trainer:
         config, position, checkpoints = self.run.config, self.position, self.run.directory.checkpoints
         found, broken = last_sound(checkpoints, position), [path.name for path in unsound(checkpoints, position)]
         remove = f"; remove {', '.join(broken)}, written when gradients were no longer finite" if broken else ""
-        go_on = "with --resume-from-checkpoint --set lr=…" if found else "again with --force"
+        decay = "" if config.full_fine_tune else " or raise lora_weight_decay"
+        go_on = "go on: --resume-from-checkpoint" if found else "start again: --force"
         return CadapterError(
             f"Step {position.step}: {position.skipped} steps were skipped, since a gradient was not finite; "
             f"max_skipped_steps = {config.max_skipped_steps} allows no more.\n"
             + (f"The last good checkpoint is {found}{remove}.\n" if found else "There is no good checkpoint.\n")
-            + f"Lower lr (it is {config.lr:g}) or raise lora_weight_decay, and start {go_on}."
+            + f"Lower lr (it is {config.lr:g}){decay}, and {go_on} --set lr=VALUE"
         )
 
     def _enter(self, phase: str) -> None:

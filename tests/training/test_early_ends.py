@@ -130,7 +130,7 @@ def test_after_too_many_skipped_steps_the_run_ends(project: Project, processes: 
     assert done.stderr.count("error: ") == 1
     assert "error: Step 5: 4 steps were skipped, since a gradient was not finite; max_skipped_steps = 3" in done.stderr
     assert "There is no good checkpoint." in done.stderr
-    assert "lr (it is 1e+30)" in done.stderr
+    assert "Lower lr (it is 1e+30) or raise lora_weight_decay, and start again: --force" in done.stderr
     assert "Traceback" not in done.stderr
     for number, step in enumerate(range(2, 6), start=1):
         assert done.stderr.count(f"step {step}: a gradient is not finite; the step is skipped ({number} so far)") == 1

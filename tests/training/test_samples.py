@@ -97,6 +97,30 @@ def test_generate_writes_the_same(project: Project, sampled: Path) -> None:
         assert text == found[12, PROMPTS[0], strength] + "\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"control_form": "symmetric"},
+        {"control_inverse": "neumann", "control_neumann_order": 1},
+        {"document_attention": "isolated", "control_site": "block"},
+        {"control_class0_lambda": 1.0, "kinds": ("positive", "negative", "neutral"), "lora_dropout": 0.2},
+    ],
+    ids=["symmetric", "neumann", "isolated", "neutral and dropout"],
+)
+def test_generate_writes_the_same_of_every_kind_of_adapter(project: Project, keys: dict[str, Any]) -> None:
+    """The Neumann series of order 1 is far from the exact inverse, which −1 always means outside training."""
+    name = "-".join(keys)
+    run_all_well(call("train", project.write_config(name, **{**KEYS, **keys, "evals_per_run": 1})))
+    directory = project.root / name
+    words = ["--adapter", directory / "final", "--max-new-tokens", TOKENS, "--temperature", 0, "--quiet"]
+    calls = [call("generate", project.root / "model", PROMPTS[0], *words, "--strength", t) for t in (-1, 0, 1)]
+    written = dict(zip((-1, 0, 1), run_all_well(*calls), strict=True))
+    found = samples(directory)
+    assert written == {strength: found[12, PROMPTS[0], strength] + "\n" for strength in (-1, 0, 1)}
+    assert len(set(written.values())) > 1
+
+
 def test_what_is_trained_knows_nothing_of_samples(project: Project, sampled: Path) -> None:
     run_all_well(call("train", project.write_config("unsampled", **{**KEYS, "sample_prompts": None})))
     plain = project.root / "unsampled"
