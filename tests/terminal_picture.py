@@ -65,7 +65,7 @@ def draw(lines: list[str], picture: Path) -> None:
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
     with Image.open(picture) as drawn:
-        few = drawn.convert("RGB").quantize(COLOURS)
+        few = drawn.convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE)
     few.save(picture, optimize=True)
 
 
