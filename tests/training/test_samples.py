@@ -185,6 +185,19 @@ def test_lora_is_sampled_as_it_is(project: Project) -> None:
     assert {key[2] for key in samples(project.root / "sampled-lora")} == {1}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_fine_tuned_model_is_sampled_as_it_is(project: Project, stages: int) -> None:
+    keys = {"use_control_adapters": False, "full_fine_tune": True, "lora_rank": None, "lora_weight_decay": None}
+    keys |= {"control_site": None, "kinds": ("positive",), "lr": 1e-3, "max_steps": 3, "evals_per_run": 1}
+    config = project.write_config(f"sampled-full-{stages}", **{**KEYS, **keys, "pipeline_stages": stages})
+    run_all_well(call("train", config, processes=stages))
+    directory = project.root / f"sampled-full-{stages}"
+    words = ["--max-new-tokens", TOKENS, "--temperature", 0, "--quiet"]
+    (text,) = run_all_well(call("generate", directory / "final", PROMPTS[0], *words))
+    assert samples(directory)[3, PROMPTS[0], 1] + "\n" == text
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
