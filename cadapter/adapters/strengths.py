@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from torch import Tensor
 
 from cadapter.adapters.control import ControlAdapter, ControlSettings, Transform
 from cadapter.adapters.directory import ControlAdapterFiles
-from cadapter.adapters.factors import named
+from cadapter.adapters.factors import FORMS, Factors, named
 from cadapter.algebra import neumann_remainder
 
 
@@ -21,6 +22,12 @@ def load_factors(adapter: ControlAdapter, files: ControlAdapterFiles) -> None:
     """Copy the factors of ``adapter.layer`` from ``files``, which is of the same form, into ``adapter``."""
     for name, tensor in named(files.layers[adapter.layer]).items():
         adapter.get_parameter(name).data.copy_(tensor)
+
+
+def factors_of(adapter: ControlAdapter) -> Factors:
+    """The factors of ``adapter`` as they are now, on the CPU."""
+    kind = FORMS[adapter.settings.form]
+    return kind(**{each.name: adapter.get_parameter(f"control_{each.name}").detach().cpu() for each in fields(kind)})
 
 
 def layer_transform(files: ControlAdapterFiles, layer: int, t: float) -> Tensor | None:

@@ -90,10 +90,11 @@ def _next(settings: Config, directory: Path) -> str:
     """What to do with what was evaluated."""
     from cadapter.adapters.directory import CONFIG_NAME, kind_of
 
+    chat = " --chat" if settings.has_chats else ""
     if not (directory / CONFIG_NAME).is_file():
-        return f"cadapter generate {directory} PROMPT"
+        return f"cadapter generate {directory} PROMPT{chat}"
     if kind_of(directory) == "control":
-        return f"cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare"
+        return f"cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare{chat}"
     return f"cadapter merge {settings.model_dir} {directory} OUTPUT"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def continuation(
     """
     from transformers import GenerationConfig
 
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model.generation_config.eos_token_id, tokenizer)
     random = sampling.temperature > 0
     chosen: dict[str, Any] = {"do_sample": False}
     if random:
@@ -128,9 +129,19 @@ def continuation(
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: what the model's generation config says, else the tokenizer's EOS."""
-    ends = model.generation_config.eos_token_id
+def end_tokens_of(directory: Path, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text of the model in ``directory``, which need not be loaded."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    except OSError:  # it has none of its own
+        ends = config.eos_token_id
+    return _end_tokens(ends, tokenizer)
+
+
+def _end_tokens(ends: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: ``ends``, what the model's generation config says, else the tokenizer's EOS."""
     if ends is None:
         ends = tokenizer.eos_token_id
     if ends is None:

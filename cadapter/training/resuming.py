@@ -14,6 +14,8 @@ FREE = frozenset(
         "gradient_accumulation_steps", "eval_gradient_accumulation_steps", "pipeline_stages", "partition_method",
         "use_column_major_topology", "activation_checkpointing", "attn_implementation", "compile", "evals_per_run",
         "checkpoint_interval_hours", "checkpoint_interval_steps", "max_checkpoints", "trust_remote_code",
+        "early_stopping_patience", "sample_prompts", "sample_max_new_tokens", "sample_temperature", "sample_chat",
+        "max_skipped_steps",
     }
 )  # fmt: skip
 """Keys that change where a run happens, how long it is or how it is laid out, and not what a step does. What follows
@@ -61,7 +63,7 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: Co
     """
     old, new = dict(_flat(saved)), dict(_flat(now))
     differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
-    lines = {key: f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now" for key in differing}
+    lines = {key: difference(key, old.get(key), new.get(key)) for key in differing}
     refused = [lines[key] for key in differing if not _may_change(key, given)]
     if refused:
         raise UsageError(
@@ -71,6 +73,12 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: Co
             "the new value."
         )
     return list(lines.values())
+
+
+def difference(name: str, saved: Any, now: Any) -> str:
+    """``name`` with the checkpoint's value and this run's; what is None is not set."""
+    before, after = ("not set" if value is None else repr(value) for value in (saved, now))
+    return f"{name}: {before} in the checkpoint, {after} now"
 
 
 def _may_change(key: str, given: Collection[str]) -> bool:

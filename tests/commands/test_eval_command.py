@@ -22,6 +22,8 @@ from cadapter.adapters.directory import (
     write_control_adapter,
 )
 from cadapter.adapters.factors import LowRank
+from cadapter.commands import eval as eval_command
+from cadapter.config import Config, DatasetConfig
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, prepare_data
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
@@ -418,3 +420,11 @@ def test_what_does_not_fit_its_base_is_refused(
     for word in words:
         assert word in done.stderr
     assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(("keys", "chat"), [({}, False), ({"messages_field": "messages"}, True)])
+def test_what_comes_next_knows_chats(tmp_path: Path, keys: dict[str, str], chat: bool) -> None:
+    """A full model needs no adapter; its prompts are turns where its texts were."""
+    dataset = DatasetConfig(dataset_path="d.jsonl", **keys)
+    config = Config(model_dir="m", output_dir="o", lr=1.0, sequence_len=64, full_fine_tune=True, datasets=(dataset,))
+    assert eval_command._next(config, tmp_path) == f"cadapter generate {tmp_path} PROMPT" + " --chat" * chat
