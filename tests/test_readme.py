@@ -116,7 +116,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_project import make_model, texts, write_jsonl
 
     root = tmp_path_factory.mktemp("documented")
-    make_model(root / "base", layers=2, hidden=32)
+    make_model(root / "base", layers=2, hidden=64)  # 4 bits want multiples of 64
     (root / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     for file, kind in (("good", "positive"), ("bad", "negative")):
         write_jsonl(root / f"{file}.jsonl", texts(kind, 24))
