@@ -1,8 +1,8 @@
 """Writing whole or not at all: everything is written beside its target, flushed, and renamed into place.
 
 What a command makes (a directory, a GGUF file) replaces nothing without ``--force``. A report on something
-(``--json``, ``--plot``, ``--html``) is replaced as other programs replace the file behind ``-o``, so that a command can be
-given again: :func:`check_report` before the work, :func:`write_report` after it.
+(``--json``, ``--plot``, ``--html``) is replaced, as other programs replace the file behind ``-o``, so that a command
+can be given again: :func:`check_report` before the work, :func:`write_report` after it.
 """
 
 from __future__ import annotations

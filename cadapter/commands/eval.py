@@ -109,8 +109,8 @@ def command(
         int | None,
         typer.Option(
             metavar="N",
-            help=f"Sample N texts a strength, from the beginnings of scored documents. Default: {SAMPLES} with --sweep, "
-            "else none.",
+            help=f"Sample N texts a strength, from the beginnings of scored documents. Default: {SAMPLES} with "
+            "--sweep, else none.",
             min=0,
             show_default=False,
             rich_help_panel=_REPORT,

@@ -37,7 +37,7 @@ FORMAT = 2
 """Part of the key: raise it whenever what is computed into the files changes. Runs that were prepared with another one
 are other runs."""
 LAYOUT = 2
-"""Of the files; not part of the key. Raise it whenever they hold the same in another way: entries are then made anew."""
+"""Of the files; not part of the key. Raise it whenever they hold the same in another way: entries are made anew."""
 FOLDER = ".cadapter-cache"
 MANIFEST = "manifest.json"
 FILES = TRAIN, EVALUATION, DOCUMENTS, TEXTS = "train.arrow", "evaluation.arrow", "documents.arrow", "texts.arrow"

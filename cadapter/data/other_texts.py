@@ -43,9 +43,7 @@ def documents_from_file(path: str, control_class: int, config: Config, tokenizer
         tempfile.TemporaryDirectory(prefix="cadapter-") as folder,
         progress(f"Tokenising {dataset.name}", unit="records") as advance,
         closing(
-            write_store(
-                Path(folder), [dataset], tokenizer, framing, config.seed, config.sequence_len, refuse, advance
-            )
+            write_store(Path(folder), [dataset], tokenizer, framing, config.seed, config.sequence_len, refuse, advance)
         ) as store,
     ):
         wanted = np.flatnonzero(store.classes == control_class)

@@ -33,9 +33,7 @@ class Choice:
     words: tuple[str, ...]
 
 
-def choose(
-    contrasts: Sequence[Contrast], leans: Sequence[Lean], costs: Sequence[Cost], budget: float
-) -> Choice | None:
+def choose(contrasts: Sequence[Contrast], leans: Sequence[Lean], costs: Sequence[Cost], budget: float) -> Choice | None:
     """Return the best pair of strengths and the best of each side; None where there are not both classes.
 
     A contrast or lean that is less than two standard errors from zero is none. A pair costs what the dearer of its
@@ -51,7 +49,7 @@ def choose(
     enhance, suppress = (_best_side(leans, kl, budget, sign) for sign in (1, -1))
     cost = math.nan if best is None else dearest[best]
     if best is not None:
-        words = [_praise(best, cost, budget), *_further(best, contrasts)]
+        words = [*_praise(best, cost, budget), *_further(best, contrasts)]
         sides = [(enhance, "enhance"), (suppress, "suppress")]
         if any(t not in best.strengths for t, _ in sides):
             named = [f"{t:+g} to {verb}" for t, verb in sides if t is not None]
@@ -75,12 +73,12 @@ def _best_side(leans: Sequence[Lean], kl: dict[float, float], budget: float, sig
     return None if best is None else best.strength
 
 
-def _praise(best: Contrast, cost: float, budget: float) -> str:
+def _praise(best: Contrast, cost: float, budget: float) -> list[str]:
     error = "" if math.isnan(best.contrast_se) else f" ± {best.contrast_se:.4f}"
-    return (
-        f"Best within the budget: ±{best.strengths[0]:g}, with a contrast of {best.contrast:.4f}{error} nats per token "
-        f"at a KL of {cost:.4f} (budget {budget:g})."
-    )
+    return [
+        f"Best within the KL budget: strength ±{best.strengths[0]:g}.",
+        f"Its contrast is {best.contrast:.4f}{error} nats per token, its KL {cost:.4f} of {budget:g}.",
+    ]
 
 
 def _further(best: Contrast, contrasts: Sequence[Contrast]) -> list[str]:

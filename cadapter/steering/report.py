@@ -55,8 +55,8 @@ def remarks_of(evaluation: Evaluation) -> list[str]:
     if cut:
         whole = sum(len(document.ids) for document in evaluation.documents) + sum(cut)
         remarks.append(
-            f"{len(cut):,} of {len(evaluation.documents):,} documents are longer than a sequence (sequence_len) and were "
-            f"cut: {sum(cut):,} of {whole:,} tokens are not scored."
+            f"{len(cut):,} of {len(evaluation.documents):,} documents are longer than a sequence (sequence_len) and "
+            f"were cut: {sum(cut):,} of {whole:,} tokens are not scored."
         )
     if evaluation.skipped:
         remarks.append(f"{evaluation.skipped:,} documents hold no token to score and are left out.")

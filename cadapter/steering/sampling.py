@@ -24,8 +24,9 @@ from cadapter.config import Config
 from cadapter.data import HeldOutDocument, load_tokenizer
 from cadapter.models.attach import SteeredModel, load_causal_lm
 from cadapter.models.checkpoint import Checkpoint, resolve_model
-from cadapter.models.generation import Sampling, continuations
+from cadapter.models.generation import Continuation, Sampling, continuations
 from cadapter.models.loading import DTYPES
+from cadapter.terminal import progress
 from cadapter.training.scores import standard_error
 
 PROMPT_TOKENS = 24
@@ -134,10 +135,7 @@ def sample(
     samples = {}
     for strength, model in _turned(config, subject, strengths):
         written = continuations(model, tokenizer, ids, sampling, advance)
-        samples[strength] = [
-            Sample(tokenizer.decode(each.ids, skip_special_tokens=True), len(each.ids), each.ended, repetition(each.ids))
-            for each in written
-        ]
+        samples[strength] = [_sample(tokenizer, each) for each in written]
     own = np.array([repetition(prompt.following[: sampling.max_new_tokens]) for prompt in prompts])
     return Sampled(
         prompts=[
@@ -150,13 +148,22 @@ def sample(
     )
 
 
+def _sample(tokenizer: Any, written: Continuation) -> Sample:
+    text = tokenizer.decode(written.ids, skip_special_tokens=True)
+    return Sample(text, len(written.ids), written.ended, repetition(written.ids))
+
+
 def _turned(config: Config, subject: Path, strengths: Sequence[float]) -> Iterator[tuple[float, Any]]:
     """The model at each strength: 0 is the base."""
+    from transformers.utils import logging
+
     base = resolve_model(config.model_dir)
 
     def load(directory: Path) -> Any:
         place = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_causal_lm(Checkpoint(directory), DTYPES[config.dtype], place)
+        logging.disable_progress_bar()  # ours is shown
+        with progress("loading the model"):
+            return load_causal_lm(Checkpoint(directory), DTYPES[config.dtype], place)
 
     if not (subject / CONFIG_NAME).is_file():  # a fine-tuned model
         for strength in strengths:

@@ -45,6 +45,11 @@ def class_word(control_class: int) -> str:
     return f"{control_class:+d}" if control_class else "0"
 
 
+def true_minus(number: str) -> str:
+    """A number as it is printed where there is a minus sign."""
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
 def _show_dataset(heading: str, scores: list[Score]) -> None:
     first = scores[0]
     heading += (

@@ -97,7 +97,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     if remark and world.is_main:
         warn(remark)
     subject = subject_of(config, options.adapter, options.strengths, options.sweep, world)
-    remark = None if options.data else check_held_out(config, options.adapter)
+    unknown = None if options.data else check_held_out(config, options.adapter)
     found = _documents(config, options, world)
     documents = [document for document in found if _scored_tokens(document)]
     if not documents:
@@ -129,7 +129,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     sums = sum_over_world(sums.to(world.device)).cpu()
     if not world.is_main:
         return None
-    notes = tuple(said for said in (*subject.notes, remark) if said)
+    notes = tuple(said for said in (*subject.notes, unknown) if said)
     return _evaluation(sums.numpy(), strengths, documents, len(found) - len(documents), layout.stages, notes)
 
 
@@ -163,7 +163,7 @@ def _silent(_n: int = 1) -> None:
 
 
 def _passes(strengths: int) -> list[list[int]]:
-    """Which strengths go through the pipeline together, the base first; all passes have as many, filled with the base."""
+    """Which strengths go through the pipeline together, the base first; the base fills up a last pass."""
     count = max(1, -(-(strengths - 1) // (ROWS_AT_ONCE - 1)))
     others = -(-(strengths - 1) // count)
     if not others:

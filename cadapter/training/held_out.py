@@ -50,7 +50,7 @@ def check_held_out(config: Config, subject: Path) -> str | None:
 
 
 def _run_of(subject: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The directory of the run that ``subject`` (final/, epochN/, checkpoints/step-N/) lies in, and its resolved.json."""
+    """The directory of the run that ``subject`` (final/, checkpoints/step-N/ …) lies in, and its resolved.json."""
     place = subject.resolve()
     for directory in (place.parent, place.parent.parent):
         try:

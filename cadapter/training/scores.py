@@ -20,9 +20,9 @@ class Score:
     """One dataset at one strength; means over documents of each document's mean per token, in nats.
 
     ``strength`` 0 is the base model. ``…_se`` is a standard error over documents (NaN for a single one); that of the
-    perplexity, e^loss, is perplexity · loss_se. ``loss_change`` is the mean over documents of loss minus the base's loss
-    of the same document. ``top1_agreement`` is the share of tokens where base and adapted model find the same token
-    most probable. ``cut_documents`` were longer than a sequence; ``left_out_tokens`` of theirs are not scored.
+    perplexity, e^loss, is perplexity · loss_se. ``loss_change`` is the mean over documents of loss minus the base's
+    loss of the same document. ``top1_agreement`` is the share of tokens where base and adapted model find the same
+    token most probable. ``cut_documents`` were longer than a sequence; ``left_out_tokens`` of theirs are not scored.
     """
 
     dataset: str
@@ -82,7 +82,7 @@ class Lean:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a strength does to texts that it should leave alone: KL(base ‖ adapted) in nats per token, mean over documents.
+    """What a strength does to texts that it should leave alone: KL(base ‖ adapted), nats a token, mean over documents.
 
     ``agreement`` is the share of tokens where the base finds the same token most probable.
     """

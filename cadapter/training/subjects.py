@@ -34,7 +34,6 @@ from cadapter.training.modes.full import FullMode
 from cadapter.training.modes.lora import LoraMode, lora_blocks_of
 from cadapter.training.paired import PairedModel, with_and_without
 
-
 DEFAULT = (1.0, -1.0)
 SWEEP = (-2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
 """Strengths at which a control adapter is evaluated where none are named."""
