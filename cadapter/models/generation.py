@@ -104,7 +104,7 @@ def continuation(
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after a prompt: token ids without the one that ended it, and whether there was one."""
+    """What a model wrote after a prompt: token ids, and whether the last of them ended the text."""
 
     ids: list[int]
     ended: bool
@@ -145,9 +145,9 @@ def continuations(
 
 
 def _until_end(written: list[int], ends: set[int]) -> Continuation:
-    """What was written before the first end token; what follows it only fills the row."""
+    """What was written up to the first end token; what follows it only fills the row."""
     at = next((place for place, token in enumerate(written) if token in ends), None)
-    return Continuation(written[:at], at is not None)
+    return Continuation(written if at is None else written[: at + 1], at is not None)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -115,7 +115,7 @@ def chart(
     parts = [
         _grid(frame, x_label, y_label, percent, _x_values(frame, series, whole_x)),
         _second_axis(frame, second) if second else "",
-        _limit(frame, limit[0]) if limit and limit[0] <= frame.y_high else "",
+        _limit(frame, limit[0]) if limit and is_drawn(limit, series) else "",
         *(_line(frame, each) for each in series),
     ]
     return (
@@ -124,14 +124,21 @@ def chart(
     )
 
 
+def is_drawn(limit: tuple[float, str], series: Sequence[Series]) -> bool:
+    """Whether a horizontal line is near enough to what is drawn to be shown with it."""
+    return limit[0] < 3 * max(
+        (point.y for each in series for point in each.points if math.isfinite(point.y)), default=0
+    )
+
+
 def legend(series: Sequence[Series], limit: tuple[float, str] | None = None) -> str:
-    """Names beside the shapes of the lines, as HTML; last that of a horizontal line."""
+    """Names beside the shapes of the lines, as HTML; last that of a horizontal line, where it is drawn."""
     entries = [
         f'<li><svg viewBox="0 0 26 12" class="key s{each.look % SERIES}" aria-hidden="true">'
         f'<path class="line" d="M1 6H25"/>{_marker(each.look, 13, 6, False)}</svg>{escape(each.name)}</li>'
         for each in series
     ]
-    if limit is not None:
+    if limit is not None and is_drawn(limit, series):
         key = '<svg viewBox="0 0 26 12" class="key" aria-hidden="true"><path class="limit" d="M1 6H25"/></svg>'
         entries.append(f"<li>{key}{escape(limit[1])}</li>")
     return f'<ul class="legend">{"".join(entries)}</ul>'
@@ -141,7 +148,7 @@ def _frame(series: Sequence[Series], from_zero: bool, limit: tuple[float, str] |
     points = [point for each in series for point in each.points if math.isfinite(point.y)]
     spread = [(p.y, 0.0 if math.isnan(p.error) else p.error) for p in points] or [(0.0, 0.0)]
     low, high = min(y - error for y, error in spread), max(y + error for y, error in spread)
-    if limit is not None and limit[0] < 3 * high:
+    if limit is not None and is_drawn(limit, series):
         high = max(high, limit[0])
     if from_zero:
         low = min(low, 0.0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cadapter.algebra import Health
-from cadapter.steering.charts import Point, SecondAxis, Series, chart, legend
+from cadapter.steering.charts import Point, SecondAxis, Series, chart, is_drawn, legend
 from cadapter.steering.report import Report
 from cadapter.steering.tables import class_word, true_minus
 from cadapter.training.scores import Score
@@ -92,6 +92,8 @@ def _cost(report: Report) -> Figure:
     series = [Series("KL", points, 1)]
     svg = chart(title, series, x_label=STRENGTH, y_label=f"KL(base ‖ adapted), {NATS}", from_zero=True, limit=limit)
     caption = "How far predictions move on text that should stay as it is."
+    if limit is not None and not is_drawn(limit, series):
+        caption += f" The budget, {limit[0]:g}, lies far above."
     if not evaluation.on_neutral:
         caption = "There is no neutral text: this holds the wanted effect, too."
     return Figure(title, caption, svg, legend(series, limit))

@@ -55,11 +55,11 @@ def remarks_of(evaluation: Evaluation) -> list[str]:
     if cut:
         whole = sum(len(document.ids) for document in evaluation.documents) + sum(cut)
         remarks.append(
-            f"{len(cut):,} of {len(evaluation.documents):,} documents are longer than a sequence (sequence_len) and "
-            f"were cut: {sum(cut):,} of {whole:,} tokens are not scored."
+            f"{len(cut):,} of {len(evaluation.documents):,} documents {'is' if len(cut) == 1 else 'are'} longer than a "
+            f"sequence (sequence_len) and cut: {sum(cut):,} of {whole:,} tokens are not scored."
         )
     if evaluation.skipped:
-        remarks.append(f"{evaluation.skipped:,} documents hold no token to score and are left out.")
+        remarks.append(f"Left out, since they hold no token to score: {evaluation.skipped:,} documents.")
     return remarks
 
 

@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One text at one strength; ``repetition`` is NaN where it has fewer than four tokens."""
+    """One text at one strength; ``tokens`` without the one that ended it. ``repetition`` is NaN for fewer than four."""
 
     text: str
     tokens: int
@@ -150,7 +150,8 @@ def sample(
 
 def _sample(tokenizer: Any, written: Continuation) -> Sample:
     text = tokenizer.decode(written.ids, skip_special_tokens=True)
-    return Sample(text, len(written.ids), written.ended, repetition(written.ids))
+    own = written.ids[:-1] if written.ended else written.ids
+    return Sample(text, len(own), written.ended, repetition(own))
 
 
 def _turned(config: Config, subject: Path, strengths: Sequence[float]) -> Iterator[tuple[float, Any]]:

@@ -190,7 +190,9 @@ def test_scores_equal_a_plain_computation_per_document(
     )
     assert cut > 0
     assert f"{cut} of {len(documents)} documents are longer than a sequence" in printed
-    assert f"{tokens} of {tokens + sum(len(document.ids) for document in documents):,} tokens are not scored" in printed
+    assert (
+        f"{tokens:,} of {tokens + sum(len(document.ids) for document in documents):,} tokens are not scored" in printed
+    )
 
 
 @pytest.mark.processes
@@ -258,7 +260,7 @@ def test_the_adapter_that_a_run_offers(tmp_path: Path) -> None:
         (["--adapter", "{adapter}", "--data", "{root}/positive.jsonl"], ("FILE:CLASS",)),
         (["--adapter", "{adapter}", "--data", "{root}/none.jsonl:1"], ("none.jsonl",)),
         (["--adapter", "{adapter}", "--json", "{root}/model"], ("model is a directory",)),
-        (["--adapter", "{adapter}", "--html", "{root}/run.toml/x.html"], ("run.toml is a file",)),
+        (["--adapter", "{adapter}", "--html", "{root}/positive.jsonl/x.html"], ("positive.jsonl is a file",)),
         (["--adapter", "{adapter}", "--strength", "1:2"], ("--strength 1:2", "FROM:TO:STEP")),
         (["--adapter", "{adapter}", "--kl-budget", "0"], ("--kl-budget 0", "above 0")),
         (["--adapter", "{adapter}", "--neutral", "{root}/none.jsonl"], ("none.jsonl",)),
