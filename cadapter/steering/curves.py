@@ -93,10 +93,10 @@ def _cost(report: Report) -> Figure:
     svg = chart(title, series, x_label=STRENGTH, y_label=f"KL(base ‖ adapted), {NATS}", from_zero=True, limit=limit)
     caption = "How far predictions move on text that should stay as it is."
     if limit is not None and not is_drawn(limit, series):
-        caption += f" The budget, {limit[0]:g}, lies far above."
+        caption = f"How far predictions move; the budget, {limit[0]:g}, lies far above."
     if not evaluation.on_neutral:
         caption = "There is no neutral text: this holds the wanted effect, too."
-    return Figure(title, caption, svg, legend(series, limit))
+    return Figure(title, caption, svg, legend(series, limit) if limit and is_drawn(limit, series) else "")
 
 
 def _change(report: Report) -> Figure:
