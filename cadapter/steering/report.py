@@ -90,7 +90,7 @@ def _strength(report: Report, number: int) -> dict[str, Any]:
     evaluation, sampled = report.evaluation, report.sampled
     cost = evaluation.costs[number]
     record: dict[str, Any] = {
-        "strength": cost.strength,
+        "steering_at": cost.strength,  # "strength" tells the records of datasets
         "cost_kl": cost.kl,
         "cost_kl_se": cost.kl_se,
         "cost_agreement": cost.agreement,

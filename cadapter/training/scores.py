@@ -153,41 +153,37 @@ def score_datasets(
 
 def contrasts(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> list[Contrast]:
     """Return the contrast of each pair ±t among ``strengths``, where documents of both classes are there."""
-    kinds = np.asarray(classes)
-    positive, negative = kinds == POSITIVE, kinds == NEGATIVE
+    losses, positive, negative = _losses(sums, classes)
     if not positive.any() or not negative.any():
         return []
-    losses = sums[..., NLL] / sums[..., TOKENS]
     found = []
     for t in sorted({strength for strength in strengths if strength > 0 and -strength in strengths}):
         difference = losses[:, list(strengths).index(t)] - losses[:, list(strengths).index(-t)]
-        errors = [standard_error(difference[part]) for part in (positive, negative)]
         told = np.concatenate([-difference[positive], difference[negative]])
-        found.append(
-            Contrast(
-                strengths=(float(t), float(-t)),
-                contrast=float(difference[negative].mean() - difference[positive].mean()),
-                contrast_se=math.hypot(*errors),
-                sign_share=float((told > 0).mean() + 0.5 * (told == 0).mean()),
-            )
-        )
+        share = float((told > 0).mean() + 0.5 * (told == 0).mean())
+        found.append(Contrast((float(t), float(-t)), *_apart(difference, positive, negative), share))
     return found
 
 
 def leans(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> list[Lean]:
     """Return the lean of each strength, in rising order, where documents of both classes are there."""
-    kinds = np.asarray(classes)
-    positive, negative = kinds == POSITIVE, kinds == NEGATIVE
+    losses, positive, negative = _losses(sums, classes)
     if not positive.any() or not negative.any():
         return []
-    losses = sums[..., NLL] / sums[..., TOKENS]
-    found = []
-    for t in sorted(strengths):
-        change = losses[:, list(strengths).index(t)] - losses[:, 0]
-        errors = [standard_error(change[part]) for part in (positive, negative)]
-        lean = float(change[negative].mean() - change[positive].mean())
-        found.append(Lean(float(t), lean, math.hypot(*errors)))
-    return found
+    changes = {t: losses[:, list(strengths).index(t)] - losses[:, 0] for t in sorted(strengths)}
+    return [Lean(float(t), *_apart(change, positive, negative)) for t, change in changes.items()]
+
+
+def _losses(sums: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean losses [documents, strengths], and which documents [documents] are of class +1 and of class −1."""
+    kinds = np.asarray(classes)
+    return sums[..., NLL] / sums[..., TOKENS], kinds == POSITIVE, kinds == NEGATIVE
+
+
+def _apart(difference: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+    """How much more ``difference`` [documents] is for class −1 than for class +1, and its standard error."""
+    error = math.hypot(*(standard_error(difference[part]) for part in (positive, negative)))
+    return float(difference[negative].mean() - difference[positive].mean()), error
 
 
 def costs(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> tuple[list[Cost], bool]:

@@ -38,7 +38,7 @@ def records(file: Path) -> dict[str, list[dict[str, Any]]]:
         "contrast": [],
         "kl_budget": [],
         "layer": [],
-        "cost_kl": [],
+        "steering_at": [],
     }
     for record in json.loads(file.read_text()):
         (kind,) = (kind for kind in kinds if kind in record)
@@ -70,18 +70,22 @@ def test_a_sweep_compares_strengths_from_minus_two_to_two(report: tuple[Path, st
         own = [each for each in found["dataset"] if each["dataset"] == name]
         assert sorted(each["strength"] for each in own) == SWEEP
     assert [each["strengths"] for each in found["contrast"]] == [[t, -t] for t in (0.5, 1.0, 1.5, 2.0)]
-    assert [each["strength"] for each in found["cost_kl"]] == SWEEP
+    assert [each["steering_at"] for each in found["steering_at"]] == SWEEP
     neutral = {each["strength"]: each for each in found["dataset"] if each["dataset"] == "neutral"}
-    for each in found["cost_kl"]:
+    for each in found["steering_at"]:
         assert each["cost_on"] == "neutral"
         assert (each["cost_kl"], each["cost_agreement"]) == (
-            pytest.approx(neutral[each["strength"]]["kl"]),
-            pytest.approx(neutral[each["strength"]]["top1_agreement"]),
+            pytest.approx(neutral[each["steering_at"]]["kl"]),
+            pytest.approx(neutral[each["steering_at"]]["top1_agreement"]),
         )
         assert len(each["samples"]) == 3
         assert all(sample["tokens"] <= 6 for sample in each["samples"])
         assert each["eos_rate"] == pytest.approx(sum(sample["ended"] for sample in each["samples"]) / 3)
-    assert {each["dataset_of_prompt"] for each in found["cost_kl"][0]["samples"]} == {"positive", "negative", "neutral"}
+    assert {each["dataset_of_prompt"] for each in found["steering_at"][0]["samples"]} == {
+        "positive",
+        "negative",
+        "neutral",
+    }
     assert [each["layer"] for each in found["layer"]] == [0, 2, 3]
     (choice,) = found["kl_budget"]
     assert choice["kl_budget"] == 0.1
