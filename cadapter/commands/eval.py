@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "cadapter eval config.toml",
     "cadapter eval config.toml --html report.html --neutral neutral.jsonl",
-    "cadapter eval config.toml --strength -1:1:0.5 --data good.jsonl:1 --data bad.jsonl:-1 --json scores.json",
+    "cadapter eval config.toml --strength -1:1:0.5 --data good.jsonl:1 --json scores.json",
 )
 
 SAMPLES, SAMPLE_TOKENS = 8, 64
