@@ -17,10 +17,12 @@ PACKAGE = Path(__file__).parent.parent / "cadapter"
 
 LAYERS = (
     {"", "errors", "classes"},  # "" is cadapter/__init__.py
-    {"files", "terminal"},
+    {"terminal"},
+    {"files"},
     {"algebra", "config"},
     {"adapters", "data", "models"},
     {"convert", "training"},
+    {"steering"},
     {"commands"},
     {"cli"},
     {"__main__"},

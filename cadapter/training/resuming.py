@@ -61,7 +61,7 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: Co
     Raises:
         UsageError: a key that changes what a step does differs, and ``--set`` does not name it.
     """
-    old, new = dict(_flat(saved)), dict(_flat(now))
+    old, new = dict(flat_settings(saved)), dict(flat_settings(now))
     differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
     lines = {key: difference(key, old.get(key), new.get(key)) for key in differing}
     refused = [lines[key] for key in differing if not _may_change(key, given)]
@@ -86,7 +86,7 @@ def _may_change(key: str, given: Collection[str]) -> bool:
     return first in FREE or first in given or rest.endswith("dataset_path")
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Keys as --set spells them, "datasets.1.control_class", with their values."""
     if isinstance(value, Mapping):
         parts = [(str(name), part) for name, part in value.items()]
@@ -96,4 +96,4 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
         return
     for name, part in parts:
-        yield from _flat(part, f"{key}.{name}" if key else name)
+        yield from flat_settings(part, f"{key}.{name}" if key else name)
