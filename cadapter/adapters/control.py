@@ -358,19 +358,16 @@ class ControlledBlock(nn.Module):
         self._fixed_codes = torch.full((1,), POSITIVE)
         self._current = _Current()
         seen = family.added if adapter.settings.site == "block" else MODULES
-        while isinstance(block, ControlledBlock):  # adapters around adapters: taps stand around taps
-            block = block.block
+        block = innermost(block)  # adapters around adapters: taps stand around taps
         for place, name in enumerate(seen or ()):
             setattr(block, name, _Tap(getattr(block, name), place, adapter, self._current))
 
     def remove(self) -> nn.Module:
         """Take the adapter's taps out of the block and return it as it was; of several adapters the outermost first."""
-        innermost = self.block
-        while isinstance(innermost, ControlledBlock):
-            innermost = innermost.block
-        for name, module in list(innermost.named_children()):
+        block = innermost(self.block)
+        for name, module in list(block.named_children()):
             if isinstance(module, _Tap) and module.serves(self.adapter):
-                setattr(innermost, name, module.module)
+                setattr(block, name, module.module)
         return self.block
 
     def __getattr__(self, name: str) -> Any:
@@ -447,6 +444,13 @@ class ControlledBlock(nn.Module):
                 delta = output.float() - hidden.float()
             output = output + _change(self.adapter, state, delta, 0, output.dtype)
         return output, state.penalty
+
+
+def innermost(module: Any) -> Any:
+    """What control adapters stand around: a block, or a module of one."""
+    while isinstance(module, (ControlledBlock, _Tap)):
+        module = module.block if isinstance(module, ControlledBlock) else module.module
+    return module
 
 
 def sum_of(written: Sequence[Tensor]) -> Tensor:

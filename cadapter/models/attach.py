@@ -6,6 +6,7 @@ and key-value cache work as before, and strength 0 is exactly the base.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,21 @@ Strength = float | Sequence[float]
 
 UNLISTED = Family(added=None)
 """What is known of a block of a family that is in no table: it adds its output minus its input."""
+
+
+def rows_of(strength: Strength) -> list[float]:
+    """The strengths of the rows of a batch; one stands for all.
+
+    Raises:
+        UsageError: there is none, or one is no number.
+    """
+    rows = strength if isinstance(strength, Sequence) else [strength]
+    for t in rows:
+        if isinstance(t, str) or not math.isfinite(t):
+            raise UsageError(f"The strength {t!r} is not a finite number.")
+    if not rows or isinstance(rows, str):
+        raise UsageError("There is no strength.\nGive a number, or one for each row of a batch.")
+    return [float(t) for t in rows]
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
@@ -134,7 +150,7 @@ class SteeredModel:
         Raises:
             UsageError: this power does not exist for a layer, which is named; the strength stays as it was.
         """
-        rows = [strength] if isinstance(strength, (int, float)) else list(strength)
+        rows = rows_of(strength)
         distinct = sorted(set(rows)) if any(rows) else []
         tables = {layer: strength_table(self.files, layer, distinct) for layer in self.blocks}
         codes = torch.tensor([distinct.index(t) for t in rows]) if distinct else None
