@@ -27,6 +27,7 @@ COMMANDS = (
     "merge",
     "to-gguf",
     "schema",
+    "doctor",
 )
 """The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with
 ``EXAMPLES`` beside it: the command lines that its help ends with."""

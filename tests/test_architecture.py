@@ -22,12 +22,13 @@ LAYERS = (
     {"algebra", "config"},
     {"adapters", "data", "models"},
     {"convert", "training"},
-    {"api", "commands"},
+    {"api", "doctor"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )
 TEAMS = ({"adapters", "data", "models"},)
-LIGHT = {"", "errors", "classes", "files", "terminal", "config", "commands", "cli", "__main__"}
+LIGHT = {"", "doctor", "errors", "classes", "files", "terminal", "config", "commands", "cli", "__main__"}
 """Parts that answer before torch could have been imported: what they import at the top of a module is light."""
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "optimi", "pyarrow", "safetensors",
          "numpy", "tensorboard", "rich", "gguf"}  # fmt: skip

@@ -28,7 +28,7 @@ from cadapter.errors import UsageError
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [
     *DOCUMENTS,
     ROOT / "CHANGELOG.md",
