@@ -28,6 +28,7 @@ from cadapter.models.attach import SteeredModel, Strength, check_fit, load_causa
 from cadapter.models.attach_lora import SteeredLora
 from cadapter.models.checkpoint import Checkpoint, resolve_model
 from cadapter.models.device import usable_device
+from cadapter.written import refuse_foreign_directory
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -132,11 +133,14 @@ class SteeredLM(_Model):
             force: replace an adapter that is there.
 
         Raises:
-            UsageError: the directory exists, or it is not clear which adapter is meant.
+            UsageError: the directory exists, or holds what cadapter did not write, or it is not clear which adapter is
+                meant.
         """
         if name is None and len(self._attached) > 1:
             raise UsageError(f"The model has several adapters.\nGive the name of one: {', '.join(self._attached)}.")
         [chosen] = _by_name({name: 0} if name else 0, self._attached)
+        if force:
+            refuse_foreign_directory(Path(directory))
         with new_directory(Path(directory), force) as temporary:
             self._attached[chosen].write(temporary)
 

@@ -22,6 +22,7 @@ LAYERS = (
     {"algebra", "config"},
     {"adapters", "data", "models"},
     {"convert", "training"},
+    {"written"},
     {"api", "doctor"},
     {"commands"},
     {"cli"},

@@ -55,7 +55,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     signals = StopSignals()
     remark = check_deepspeed()
     config_text = source.read_text("utf-8")
-    resume_from = _checkpoint_to_resume(directory, options, world)
+    resume_from = _checkpoint_to_resume(directory, options, config_text, world)
     if world.is_main:
         for text in (*config_warnings(config), *filter(None, [remark])):
             warn(text)
@@ -124,7 +124,9 @@ def _tell_changes(config: Config, resume_from: Path, given: set[str], world: Wor
             note(f"Changed since the checkpoint: {line}.")
 
 
-def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world: World) -> Path | None:
+def _checkpoint_to_resume(
+    directory: RunDirectory, options: TrainOptions, config_text: str, world: World
+) -> Path | None:
     """Look for the checkpoint on rank 0, whose directory is the one that counts, and tell everyone."""
     found = [""]
 
@@ -135,6 +137,8 @@ def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world:
         checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
         for remark in [*tidied, *remarks]:
             warn(remark)
+        if checkpoint is None:
+            directory.refuse_foreign(config_text)
         found[0] = str(checkpoint or "")
 
     on_main(look, world)
