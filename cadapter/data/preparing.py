@@ -13,6 +13,7 @@ import numpy as np
 
 from cadapter.config import Config
 from cadapter.data import cache
+from cadapter.data.bad_records import BadRecords
 from cadapter.data.building import alone, build_stream, check_vocabulary, layout_of
 from cadapter.data.records import Fields, documents_of
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
@@ -133,7 +134,7 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
         CadapterError: the cache cannot be written.
     """
     tokenizer = load_tokenizer(config)
-    datasets = _datasets(config)
+    datasets = datasets_of(config)
     store = cache.Cache(_cache_directory(config, datasets), note)
     files = _file_states(datasets, store)
     streams = [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]
@@ -202,7 +203,7 @@ def documents_from_file(
     return [HeldOutDocument(_stem(path), control_class, *alone(each, ~np.isin(each, masked), layout)) for each in ids]
 
 
-def _datasets(config: Config) -> list[Dataset]:
+def datasets_of(config: Config) -> list[Dataset]:
     """Return the datasets of ``config`` with their files; equal names are told apart by their paths or numbers."""
     stems = Counter(_stem(dataset.dataset_path) for dataset in config.datasets)
     paths = Counter(dataset.dataset_path for dataset in config.datasets)
@@ -261,26 +262,6 @@ def _file_states(datasets: list[Dataset], store: cache.Cache) -> dict[Path, cach
                 raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
             advance()
     return states
-
-
-class BadRecords:
-    """Takes note of records that cannot be used, up to ``limit`` of them."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.count = 0
-
-    def __call__(self, error: UsageError) -> None:
-        """Count one.
-
-        Raises:
-            UsageError: it is one too many; ``error`` itself where none is allowed.
-        """
-        self.count += 1
-        if not self.limit:
-            raise UsageError(f"{error}\nTo leave out up to N such records: cadapter prepare CONFIG --skip-bad N")
-        if self.count > self.limit:
-            raise UsageError(f"More than {self.limit} records cannot be used (--skip-bad). The last one:\n{error}")
 
 
 def _skipped(entry: Path) -> int:

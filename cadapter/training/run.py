@@ -177,7 +177,7 @@ def show_plan(plan: Plan) -> None:
         warn(inferred_note(plan.model))
     note(plan.mode.description())
     note(
-        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens), "
+        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens with their prefixes), "
         f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
         f"{steps.total_steps:,} steps in all."
     )
