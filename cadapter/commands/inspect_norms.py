@@ -51,13 +51,14 @@ def command(
     directions are from orthonormal.
     """
     import json
+    import shlex
 
     from cadapter.adapters.directory import read_control_adapter
     from cadapter.convert.norms import measure, orthogonality, verdict
     from cadapter.convert.norms_plot import norms_picture
     from cadapter.errors import CheckFailed, UsageError
     from cadapter.files import write_bytes, write_text
-    from cadapter.terminal import progress
+    from cadapter.terminal import note, progress
 
     if fail_above is not None and not (math.isfinite(fail_above) and fail_above >= 0):
         raise UsageError(f"--fail-above {fail_above:g}: give a number of at least 0.")
@@ -75,6 +76,9 @@ def command(
         if json_file is not None:
             write_text(json_file, text)
         _print_table(control, measured, errors, sentences)
+        model = control.base_model_name_or_path or "BASE"
+        words = ["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"]
+        note(f"Next: {shlex.join(words)}")
     if plot is not None:
         write_bytes(plot, norms_picture(_title(control), measured))
     above = [layer for layer, found in measured.items() if fail_above is not None and found.spectral > fail_above]
