@@ -79,12 +79,12 @@ def _exit_codes() -> str:
 class _Program(TyperGroup):
     """Typer's group of commands, whose errors of usage look like all others."""
 
-    def main(self, *arguments: Any, **options: Any) -> Any:
+    def main(self, args: Any = None, prog_name: Any = None, complete_var: Any = None, *_: Any, **options: Any) -> Any:
         """Run a command line; unless ``standalone_mode=False`` is given, end the process with its exit code."""
-        if not options.pop("standalone_mode", True):
-            return super().main(*arguments, **options, standalone_mode=False)
+        if not options.get("standalone_mode", True):
+            return super().main(args, prog_name, complete_var, **options)
         try:
-            code = super().main(*arguments, **options, standalone_mode=False)
+            code = super().main(args, prog_name, complete_var, **{**options, "standalone_mode": False})
         except typer.Abort:
             sys.exit(1)
         except _WRONG_USAGE as error:
@@ -98,7 +98,7 @@ def _show_wrong_usage(error: Any) -> None:
     if type(error).__name__ == "NoArgsIsHelpError":
         return  # the help was shown
     context = getattr(error, "ctx", None)
-    message = error.format_message().strip()
+    message = error.format_message().strip().replace("Value error, ", "")  # pydantic's word, in some versions of Typer
     lines = [message if message.endswith((".", "?")) else f"{message}."]
     if context is not None:
         lines += [" ".join(context.get_usage().split()), f"See {context.command_path} --help."]

@@ -110,8 +110,9 @@ def _texts(file: Path | None) -> Iterator[str]:
         try:
             yield file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise UsageError(
-                f"--text {file} cannot be read as text: {error}.\nGive a plain text, or .jsonl with the field text."
+                f"--text {file} cannot be read as text: {reason}.\nGive a plain text, or .jsonl with the field text."
             ) from error
 
 

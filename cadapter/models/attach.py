@@ -36,7 +36,7 @@ def rows_of(strength: Strength) -> list[float]:
     rows = strength if isinstance(strength, Sequence) else [strength]
     for t in rows:
         if isinstance(t, str) or not math.isfinite(t):
-            raise UsageError(f"The strength {t!r} is not a finite number.")
+            raise UsageError(f"The strength {t!r} is not a finite number.\nGive one, such as 1, -1 or 0.5.")
     if not rows or isinstance(rows, str):
         raise UsageError("There is no strength.\nGive a number, or one for each row of a batch.")
     return [float(t) for t in rows]

@@ -23,10 +23,10 @@ from tests.tiny_project import texts, write_jsonl
 
 REMEDY = re.compile(
     r"\b(give|use|choose|set|leave|correct|remove|train|download|convert|make|put|write|merge|see|save|name|split|try|"
-    r"did you mean|must be|must not|needs?|needed|allowed|allows|expected|supported|exclude one another|looked up from)\b",
+    r"copy|change|start|did you mean)\b",
     re.IGNORECASE,
 )
-"""Words that tell what to do, or what would be right."""
+"""Words that tell what to do."""
 FOREIGN = re.compile(
     r"Traceback|Value error|\[Errno|Error\(|error_code|\bNone\b|<class|object at 0x|pydantic|type=\w+_"
 )
@@ -107,7 +107,8 @@ PREPARING = {
     "no such model": (["config.toml", "--set", 'model_dir="@nowhere"'], "nowhere"),
     "no tokenizer": (["config.toml", "--set", 'model_dir="@tokenless"'], "tokenless"),
     "no chat template": (
-        ["config.toml", "--set", 'datasets.0.messages_field="text"', "--set", f'{DATA}="@chats.jsonl"'], "chat template",
+        ["config.toml", "--set", 'datasets.0.messages_field="text"', "--set", f'{DATA}="@chats.jsonl"'],
+        "chat template",
     ),
 }  # fmt: skip
 MISTAKES: dict[str, dict[str, tuple[list[str], str]]] = {
@@ -120,7 +121,7 @@ MISTAKES: dict[str, dict[str, tuple[list[str], str]]] = {
         "no hostfile": (["config.toml", "--hostfile", "gone"], "gone"),
         "not a model": (["config.toml", "--set", 'model_dir="@not-a-model"'], "not-a-model"),
         "output in a file": (["config.toml", "--set", 'output_dir="@file.txt"'], "file.txt"),
-        "output of others": (["config.toml", "--set", 'output_dir="@"'], "config.toml"),
+        "output of others": (["config.toml", "--set", 'output_dir="@not-ours"'], "config.toml"),
         "stages that do not divide": (["config.toml", "--set", "pipeline_stages=3"], "pipeline_stages"),
     },
     "eval": {
@@ -203,7 +204,11 @@ MISTAKES: dict[str, dict[str, tuple[list[str], str]]] = {
 }  # fmt: skip
 
 
-def cases() -> Iterator[object]:
+def cases() -> list[object]:
+    return list(_cases())
+
+
+def _cases() -> Iterator[object]:
     for command, mistakes in MISTAKES.items():
         for name, (arguments, names) in mistakes.items():
             yield pytest.param(command, arguments, names, id=f"{command}: {name}")
@@ -234,7 +239,8 @@ def test_mistakes_are_told_in_one_style(
     monkeypatch.chdir(root)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (root / "not-ours").mkdir(exist_ok=True)
-    (root / "not-ours" / "thesis.tex").write_text("precious")
+    for name in ("thesis.tex", "config.toml"):
+        (root / "not-ours" / name).write_text("precious")
     (root / "chats.jsonl").write_text(
         '{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
