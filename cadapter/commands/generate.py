@@ -95,7 +95,7 @@ def command(
     text = _prompt_or_input(prompt)
     strengths = COMPARED if compare else (1.0 if strength is None else strength,)
     _show(text, _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device)))
-    note(f"Next: {_next_command(model, adapter, strengths)}")
+    note(f"--- next ---\n{_next_command(model, adapter, strengths)}")  # a heading, as texts have: not part of one
 
 
 def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...]) -> str:
