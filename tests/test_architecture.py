@@ -18,11 +18,12 @@ PACKAGE = Path(__file__).parent.parent / "cadapter"
 LAYERS = (
     {"errors", "classes"},
     {""},  # cadapter/__init__.py
-    {"files", "terminal"},
+    {"terminal"},
+    {"files"},
     {"algebra", "config"},
     {"adapters", "data", "models"},
     {"convert", "training"},
-    {"written"},
+    {"steering", "written"},
     {"api", "doctor"},
     {"commands"},
     {"cli"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cadapter.data.preparing import DatasetReport, PreparedData, documents_from_file, load_tokenizer, prepare_data
+from cadapter.data.other_texts import documents_from_file
+from cadapter.data.preparing import DatasetReport, PreparedData, fingerprint_of, load_tokenizer, prepare_data
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
 from cadapter.data.tokenising import Tokenizer
 
@@ -13,6 +14,7 @@ __all__ = [
     "PreparedData",
     "Tokenizer",
     "documents_from_file",
+    "fingerprint_of",
     "load_tokenizer",
     "prepare_data",
 ]

@@ -11,12 +11,17 @@ SHOWN = 10
 class BadRecords:
     """Takes note of records that cannot be used, up to ``limit`` of them.
 
+    Args:
+        limit: how many may be left out.
+        skippable: whether the user can choose to leave some out.
+
     Attributes:
         count: so far; what the cache has left out may be added.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, skippable: bool = True) -> None:
         self.limit = limit
+        self._skippable = skippable
         self.count = 0
         self._first: list[UsageError] = []
 
@@ -43,7 +48,8 @@ class BadRecords:
 
     def _refuse(self, at_end: bool) -> None:
         if self.count == 1:
-            raise UsageError(f"{self._first[0]}\nTo leave it out: cadapter prepare CONFIG --skip-bad 1")
+            leave_out = "\nTo leave it out: cadapter prepare CONFIG --skip-bad 1" if self._skippable else ""
+            raise UsageError(f"{self._first[0]}{leave_out}")
         heading = f"{self.count:,} records cannot be used"
         if self.limit:
             heading += f", and --skip-bad allows {self.limit:,}"
@@ -52,5 +58,6 @@ class BadRecords:
         if self.count > len(self._first):
             heading += f"{';' if at_end else '.'} {'the' if at_end else 'The'} first {len(self._first)}"
         lines = [str(error).splitlines()[0] for error in self._first]
-        remedy = f"Correct them, or leave them out: cadapter prepare CONFIG --skip-bad {self.count}"
+        leave_out = f", or leave them out: cadapter prepare CONFIG --skip-bad {self.count}" if self._skippable else "."
+        remedy = f"Correct them{leave_out}"
         raise UsageError("\n".join([f"{heading}:", *lines, remedy]))

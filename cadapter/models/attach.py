@@ -14,7 +14,7 @@ import torch
 
 from cadapter.adapters.control import ControlledBlock, new_adapter
 from cadapter.adapters.directory import ControlAdapterFiles, validate_against
-from cadapter.adapters.strengths import load_factors, native_settings, strength_table
+from cadapter.adapters.strengths import load_factors, native_settings, strength_tables
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, Family, config_number
@@ -152,7 +152,7 @@ class SteeredModel:
         """
         rows = rows_of(strength)
         distinct = sorted(set(rows)) if any(rows) else []
-        tables = {layer: strength_table(self.files, layer, distinct) for layer in self.blocks}
+        tables = strength_tables(self.files, distinct)
         codes = torch.tensor([distinct.index(t) for t in rows]) if distinct else None
         for layer, block in self.blocks.items():
             block.fix(tables[layer], codes)

@@ -18,11 +18,12 @@ from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
+from cadapter.models.attention import check_installed
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
 from cadapter.models.layers import CarrierFormat, run_block
-from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
+from cadapter.models.loading import DTYPES, EMBEDDING, FLEX_ATTENTION, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.terminal import note, warn
 from cadapter.training.caching import prepare_in_turn
@@ -37,6 +38,7 @@ from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Needs, Recompute, decide
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
+from cadapter.training.samples import SamplePlan, Sampler, plan_samples
 from cadapter.training.stages import StageBuilder, embedding_on_device
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
@@ -56,6 +58,7 @@ class Plan:
     builder: StageBuilder
     bounds: list[int]
     steps: BatchPlan
+    samples: SamplePlan | None = None
 
 
 def prepare_together(config: Config, world: World) -> PreparedData:
@@ -71,6 +74,9 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
         UsageError: it is no usable model.
     """
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    check_installed(config.attn_implementation)
+    if attention == FLEX_ATTENTION and world.device.type != "cuda":
+        raise UsageError(f'attn_implementation = "{attention}" trains on GPUs only.\nUse "auto".')
     place = directory or resolve_model(config.model_dir)
     return CausalLM(place, DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
 
@@ -106,7 +112,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
-    return Plan(config, layout, data, model, mode, builder, bounds, steps)
+    samples = plan_samples(config, model) if data.evaluation is not None else None
+    return Plan(config, layout, data, model, mode, builder, bounds, steps, samples)
 
 
 def compiles(config: Config, model: CausalLM) -> bool:
@@ -227,6 +234,7 @@ def build_run(
         batches=StepBatches(plan.data.train, plan.steps),
         evaluation=_evaluation(plan),
         evaluation_accumulation=_evaluation_accumulation(config),
+        sampler=_sampler(plan, pipeline, world),
         facts=facts,
         position=Position() if saved is None else saved.position,
     )
@@ -243,7 +251,10 @@ def _saved(
     saved, total = load_checkpoint(checkpoint), plan.steps.total_steps
     check_facts(saved, facts, excused_facts(given))
     # Killed after its last checkpoint, a run has still to write final/.
-    left_to_write = saved.position.step == total and not is_written_out(checkpoint, directory.final)
+    written = is_written_out(checkpoint, directory.final)
+    if written and saved.position.is_enough(plan.config.early_stopping_patience):
+        raise UsageError(f"{checkpoint} is the end of this run already.\n{saved.position.why_enough()}")
+    left_to_write = saved.position.step == total and not written
     if saved.position.step >= total and not left_to_write:
         raise UsageError(
             f"{checkpoint} is the end of this run already: {saved.position.step} of {total} steps.\n"
@@ -267,6 +278,12 @@ def _evaluation(plan: Plan) -> EvaluationBatches | None:
         return None
     accumulation = _evaluation_accumulation(config)
     return evaluation_batches(data.evaluation, layout.replica, layout.replicas, config.micro_batch_size, accumulation)
+
+
+def _sampler(plan: Plan, pipeline: Pipeline, world: World) -> Sampler | None:
+    if plan.samples is None:
+        return None
+    return Sampler(plan.samples, pipeline, plan.layout, world, plan.config.micro_batch_size * plan.config.sequence_len)
 
 
 def record_run(plan: Plan, directory: RunDirectory, config_text: str, facts: dict[str, Any]) -> None:
