@@ -20,6 +20,7 @@ LAYERS = (
     {"files", "terminal"},
     {"algebra", "config"},
     {"adapters", "data", "models"},
+    {"planning"},
     {"convert", "training"},
     {"commands"},
     {"cli"},

@@ -157,7 +157,7 @@ def show_plan(plan: Plan) -> None:
                 names[0] if first == stop - 1 else f"{names[0]} … {names[1]}",
                 f"{sum(sizes[first:stop]) / GIB:.3f}",
                 f"{trained:,}",
-                f"{trained * plan.mode.bytes_per_trained / GIB:.3f}",
+                f"{trained * sum(plan.mode.per_trained) / GIB:.3f}",
             ]
         )
     table(

@@ -1,0 +1,51 @@
+"""The sizes of a run, on which its memory, traffic and time depend: from its config, its model and what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cadapter.config import Config
+from cadapter.models.layers import CarrierFormat
+from cadapter.models.loading import NORM_PREFIX, CausalLM
+from cadapter.planning.blocks import Block, block_shape
+from cadapter.planning.memory import RunSizes
+from cadapter.training.modes.base import Mode
+from cadapter.training.stages import embedding_on_device
+
+
+def sizes_of(config: Config, model: CausalLM, mode: Mode, carrier: CarrierFormat, compiled: bool) -> RunSizes:
+    """The sizes of the run that trains ``model`` by ``mode``; no weight is read.
+
+    Args:
+        carrier: what travels from stage to stage.
+        compiled: whether blocks are compiled.
+    """
+    embedding, *blocks, head = model.layer_bytes()
+    norm = model.dtype.itemsize * model.weights.numbers(NORM_PREFIX)
+    trainable = mode.trainable()
+    return RunSizes(
+        kind=mode.name,
+        layer_bytes=(embedding if embedding_on_device(model, mode) else 0, *blocks, head + norm),
+        trainable=tuple(trainable),
+        per_number=mode.per_trained,
+        blocks=tuple(_block(model, mode, index, carrier) for index in range(model.layer_count)),
+        hidden=model.hidden_size,
+        vocabulary=head // (model.dtype.itemsize * model.hidden_size),
+        number_bytes=model.dtype.itemsize,
+        tokens=config.sequence_len,
+        rows=config.micro_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        compiled=compiled,
+        four_bit=model.four_bit,
+        tied=model.tied,
+        penalty=carrier.penalty,
+        dropout=carrier.dropout,
+        positions=carrier.positions,
+    )
+
+
+def _block(model: CausalLM, mode: Mode, index: int, carrier: CarrierFormat) -> Block:
+    change = mode.change(index)
+    if carrier.penalty:  # the neutral loss has a float32 Δh of its own
+        change = replace(change, masked=change.masked + change.deltas)
+    return Block(block_shape(model.skeleton_block(index), model.config), change)
