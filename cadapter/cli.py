@@ -18,6 +18,7 @@ from cadapter.errors import CadapterError, Stopped
 
 COMMANDS = (
     "prepare",
+    "plan",
     "train",
     "eval",
     "generate",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from cadapter.data.preparing import DatasetReport, PreparedData, documents_from_file, load_tokenizer, prepare_data
+from cadapter.data.preparing import (
+    DatasetReport,
+    KnownCounts,
+    PreparedData,
+    documents_from_file,
+    known_counts,
+    load_tokenizer,
+    prepare_data,
+)
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
 from cadapter.data.tokenising import Tokenizer
 
 __all__ = [
     "DatasetReport",
     "HeldOutDocument",
+    "KnownCounts",
     "PackedSequences",
     "PreparedData",
     "Tokenizer",
     "documents_from_file",
+    "known_counts",
     "load_tokenizer",
     "prepare_data",
 ]

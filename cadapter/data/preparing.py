@@ -177,6 +177,36 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
     )
 
 
+@dataclass(frozen=True)
+class KnownCounts:
+    """What the cache knows of a config's data: packed sequences, those held out, and tokens to train on."""
+
+    sequences: int
+    eval_sequences: int
+    tokens: int
+
+
+def known_counts(config: Config) -> KnownCounts | None:
+    """Look into the cache for the data of ``config`` without building or writing anything; None: it is not there.
+
+    Raises:
+        UsageError: a file or tokenizer that cannot be used.
+    """
+    tokenizer = load_tokenizer(config)
+    datasets = _datasets(config)
+    store = cache.Cache(_cache_directory(config, datasets), note)
+    files = _file_states(datasets, store)
+    sequences = held_out = tokens = 0
+    for stream in [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]:
+        found, _ = store.find(_recipe(config, stream, tokenizer, files))
+        if found is None:
+            return None
+        entry = cache.open_entry(found, config.sequence_len, [dataset.name for dataset in stream])
+        sequences, held_out = sequences + len(entry.train), held_out + len(entry.evaluation)
+        tokens += int(entry.train.tokens.sum())
+    return KnownCounts(sequences, held_out, tokens)
+
+
 def documents_from_file(
     path: str, control_class: int, config: Config, tokenizer: Tokenizer, text_field: str = "text"
 ) -> list[HeldOutDocument]:

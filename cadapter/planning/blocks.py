@@ -154,7 +154,7 @@ class Block:
 
 
 def block_shape(block: nn.Module, config: Any) -> BlockShape:
-    """Read the sizes of a decoder block (on the meta device, before anything is put in it) of a model with ``config``."""
+    """Read the sizes of a decoder block, before anything is put in it; the meta device is enough."""
     hidden = config.hidden_size
     attention, mlp = (block.get_submodule(name) for name in (ATTENTION, MLP))
     heads = config.num_attention_heads
@@ -228,7 +228,11 @@ def components_read(block: nn.Module, linears: Iterable[str], known: Iterable[st
     What ``known`` linear layers read, attention's own output, is kept in any case and not counted.
     """
     left_out = set(known)
-    widths = {
-        (name.rpartition(".")[0], block.get_submodule(name).in_features) for name in linears if name not in left_out
-    }
+    widths = {(name.rpartition(".")[0], width_read(block, name)) for name in linears if name not in left_out}
     return sum(width for _, width in widths)
+
+
+def width_read(block: nn.Module, linear: str) -> int:
+    """Components of what a linear layer of a block reads."""
+    module: Any = block.get_submodule(linear)
+    return module.in_features

@@ -87,6 +87,11 @@ class RunSizes:
         """The first pipeline layer in which something is trained: on its stage no gradient goes further."""
         return next((index for index, count in enumerate(self.trainable) if count), len(self.trainable))
 
+    @property
+    def head_trained(self) -> bool:
+        """Whether the head's weight, its own or the embedding's, is trained."""
+        return self.trainable[-1] >= self.vocabulary * self.hidden or (self.tied and self.trainable[0] > 0)
+
 
 @dataclass(frozen=True)
 class StageMemory:

@@ -21,7 +21,7 @@ from cadapter.files import write_json, write_text
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
-from cadapter.models.layers import CarrierFormat, run_block
+from cadapter.models.layers import run_block
 from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.planning.memory import RunSizes
@@ -38,7 +38,7 @@ from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Recompute, recompute_for
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
-from cadapter.training.sizes import sizes_of
+from cadapter.training.sizes import carrier_of, compiles_on, sizes_of, weighs_neutral
 from cadapter.training.stages import StageBuilder
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
@@ -95,12 +95,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
         check_isolation(model)
     data = prepare_together(config, world)
     has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
-    if (
-        has_neutral
-        and not _weighs_neutral(config)
-        and any(dataset.class_field for dataset in config.datasets)
-        and world.is_main
-    ):
+    by_record = any(dataset.class_field for dataset in config.datasets)
+    if has_neutral and not weighs_neutral(config) and by_record and world.is_main:
         warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
     carrier = carrier_of(config, mode, has_neutral)
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
@@ -112,30 +108,9 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     return Plan(config, layout, data, model, mode, builder, bounds, steps, sizes)
 
 
-def _weighs_neutral(config: Config) -> bool:
-    return config.control_class0_lambda * config.class_weights.neutral > 0
-
-
-def carrier_of(config: Config, mode: Mode, has_neutral: bool) -> CarrierFormat:
-    """What travels through the pipeline of a run, with or without texts of class 0."""
-    return CarrierFormat(
-        penalty=mode.name == "control" and _weighs_neutral(config) and has_neutral,
-        dropout=mode.name != "full" and config.lora_dropout > 0,
-        positions=config.document_attention == "isolated",
-    )
-
-
 def compiles(config: Config, model: CausalLM) -> bool:
     """Whether decoder blocks and the loss are compiled."""
     return compiles_on(model.device.type, config, model)
-
-
-def compiles_on(device: str, config: Config, model: CausalLM) -> bool:
-    """The same for a model on a kind of device, "cuda" or "cpu", wherever it lies now."""
-    if config.compile != "auto":
-        return bool(config.compile)
-    # Experts in 4 bits are unpacked by Python code that is no function of tensors.
-    return device == "cuda" and not (model.four_bit and model.has_experts)
 
 
 def _recompute(config: Config, model: CausalLM, sizes: RunSizes, bounds: list[int], several: bool) -> Recompute:

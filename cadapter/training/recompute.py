@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cadapter.models.execution import SHARES
 from cadapter.planning.memory import RunSizes, heaviest
 
 FASTEST_FIRST = ("none", "selective", "full", "offload")
@@ -36,6 +35,11 @@ class Recompute:
         return self.keep if self.every > 0 and index % self.every == 0 else "none"
 
 
+def usable_bytes(free: float, several: bool) -> float:
+    """Of free GPU memory, what an estimate may take up where one process trains, or several."""
+    return free * (USABLE_SHARE_OF_SEVERAL if several else USABLE_SHARE)
+
+
 def decide(setting: str | int, needed: Callable[[str], float], free: float | None, several: bool = False) -> Recompute:
     """Decide by the config's ``activation_checkpointing``.
 
@@ -51,8 +55,7 @@ def decide(setting: str | int, needed: Callable[[str], float], free: float | Non
         return Recompute(1, keep=setting)
     if free is None:
         return Recompute(0)
-    usable = free * (USABLE_SHARE_OF_SEVERAL if several else USABLE_SHARE)
-    fitting = [keep for keep in FASTEST_FIRST if needed(keep) <= usable]
+    fitting = [keep for keep in FASTEST_FIRST if needed(keep) <= usable_bytes(free, several)]
     chosen = fitting[0] if fitting else FASTEST_FIRST[-1]
     gib = 2**30
     what = f"by estimate {needed(chosen) / gib:.1f} GiB of {free / gib:.1f} GiB free"
@@ -69,6 +72,13 @@ def recompute_for(
     if setting == "auto" and run.four_bit and any(block.shape.experts for block in run.blocks):
         return Recompute(1, "activation_checkpointing: full, since experts in 4 bits would be kept unpacked otherwise.")
     return decide(setting, lambda keep: heaviest(run, bounds, lambda _: keep), free, several)
+
+
+def in_a_word(recompute: Recompute) -> str | int:
+    """The setting that a decision comes to."""
+    if recompute.every > 1:
+        return recompute.every
+    return recompute.keep if recompute.every else "none"
 
 
 def slower(keep: str) -> str | None:

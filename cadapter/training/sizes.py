@@ -13,6 +13,28 @@ from cadapter.training.modes.base import Mode
 from cadapter.training.stages import embedding_on_device
 
 
+def weighs_neutral(config: Config) -> bool:
+    """Whether texts of class 0 have a loss."""
+    return config.control_class0_lambda * config.class_weights.neutral > 0
+
+
+def carrier_of(config: Config, mode: Mode, has_neutral: bool) -> CarrierFormat:
+    """What travels through the pipeline of a run, with or without texts of class 0."""
+    return CarrierFormat(
+        penalty=mode.name == "control" and weighs_neutral(config) and has_neutral,
+        dropout=mode.name != "full" and config.lora_dropout > 0,
+        positions=config.document_attention == "isolated",
+    )
+
+
+def compiles_on(device: str, config: Config, model: CausalLM) -> bool:
+    """Whether decoder blocks and the loss are compiled on a kind of device, "cuda" or "cpu", wherever the model is."""
+    if config.compile != "auto":
+        return bool(config.compile)
+    # Experts in 4 bits are unpacked by Python code that is no function of tensors.
+    return device == "cuda" and not (model.four_bit and model.has_experts)
+
+
 def sizes_of(config: Config, model: CausalLM, mode: Mode, carrier: CarrierFormat, compiled: bool) -> RunSizes:
     """The sizes of the run that trains ``model`` by ``mode``; no weight is read.
 

@@ -62,7 +62,7 @@ class Mode(Protocol):
         """Trained numbers of each pipeline layer: embedding, blocks, final norm with head."""
 
     def change(self, index: int) -> Change:
-        """What is trained in decoder block ``index``, which nothing was put into yet, as far as memory depends on it."""
+        """What is trained in decoder block ``index``, not yet wrapped, as far as memory depends on it."""
 
     def trained(self, layers: Sequence[nn.Module]) -> Trained:
         """Choose what is trained among this stage's pipeline layers."""

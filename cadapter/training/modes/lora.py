@@ -17,7 +17,7 @@ from cadapter.config import Config
 from cadapter.errors import UsageError
 from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import DTYPES, CausalLM
-from cadapter.planning.blocks import Change, components_read
+from cadapter.planning.blocks import Change, components_read, width_read
 from cadapter.training.modes.base import check_rank_and_alpha, trained_bytes
 
 
@@ -86,7 +86,7 @@ class LoraMode:
             return Change()
         block = self.model.skeleton_block(index)
         read = components_read(block, targets.linears, self.model.family.attention_writers)
-        copied = sum(block.get_submodule(name).in_features for name in targets.linears) if settings.dropout > 0 else 0
+        copied = sum(width_read(block, name) for name in targets.linears) if settings.dropout > 0 else 0
         return Change(
             numbers=self._numbers[index],
             inputs=copied or read,
