@@ -93,6 +93,7 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
         mode.check_start(Path(config.init_from))
     if config.document_attention == "isolated":
         check_isolation(model)
+    bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     data = prepare_together(config, world)
     has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
     by_record = any(dataset.class_field for dataset in config.datasets)
@@ -100,7 +101,6 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
         warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
     carrier = carrier_of(config, mode, has_neutral)
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
-    bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     sizes = sizes_of(config, model, mode, carrier, compiles(config, model))
     builder = StageBuilder(model, mode, carrier, _recompute(config, model, sizes, bounds, world.size > 1), runner)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
