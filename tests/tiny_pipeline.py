@@ -40,9 +40,10 @@ def builder(
     recompute_every: int = 0,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
+    device: str = "cpu",
 ) -> StageBuilder:
     """A builder of a model's pipeline layers; ``recompute_every`` 0: nothing is recomputed, n: every nth block."""
-    model = CausalLM(directory, dtype, attention=attention)
+    model = CausalLM(directory, dtype, device, attention)
     return StageBuilder(model, ControlMode(model, adapted, settings), carrier, Recompute(recompute_every))
 
 

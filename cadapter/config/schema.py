@@ -234,8 +234,8 @@ class Config(Table):
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = Field(
         default="auto",
-        description='Which attention of transformers; "auto": sdpa, or what the family needs. Of sdpa\'s kernels the '
-        "fastest is found by trying each.",
+        description='Which attention of transformers; "auto": sdpa, or what the family needs. Of sdpa\'s kernels, and '
+        "on a GPU for isolated documents flex_attention, the fastest is found by trying each.",
     )
     document_attention: Literal["packed", "isolated"] = Field(
         default="packed", description='"isolated": tokens see only their own document.'

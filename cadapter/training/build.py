@@ -22,7 +22,7 @@ from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
 from cadapter.models.layers import run_block
-from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
+from cadapter.models.loading import DTYPES, EMBEDDING, FLEX_ATTENTION, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.planning.memory import RunSizes
 from cadapter.terminal import note, warn
@@ -74,6 +74,8 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
         UsageError: it is no usable model.
     """
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    if attention == FLEX_ATTENTION and world.device.type != "cuda":
+        raise UsageError(f'attn_implementation = "{attention}" trains on GPUs only.\nUse "auto".')
     place = directory or resolve_model(config.model_dir)
     return CausalLM(place, DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
 

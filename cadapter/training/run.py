@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cadapter.config import Config, config_warnings
-from cadapter.models.attention import time_kernels
+from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.planning.memory import all_stages
 from cadapter.planning.tables import memory_table
@@ -111,10 +111,20 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
     """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
     config, model = plan.config, plan.model
-    attention = f"attention: {model.config._attn_implementation}."
-    if model.config._attn_implementation == "sdpa":
-        times = time_kernels(model.config, config.micro_batch_size, config.sequence_len, model.dtype, world.device)
+    attention = f"attention: {model.attention}."
+    if model.attention == "sdpa":
+        times = time_kernels(
+            model.config,
+            config.micro_batch_size,
+            config.sequence_len,
+            model.dtype,
+            world.device,
+            isolated=plan.builder.carrier.positions,
+            block_masks=config.attn_implementation == "auto" and compiles(config, model) and model.takes_block_masks,
+        )
         if times is not None:
+            if times.fastest == BLOCK_MASKS:
+                model.attend_by_block_masks()
             stack.enter_context(times.preferred())
             attention = times.in_words()
     if not world.is_main:

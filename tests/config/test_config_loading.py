@@ -258,7 +258,6 @@ def test_right_values(load, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "attn_implementation = 'flex_attention'",
         "trust_remote_code = true",
     ],
 )
@@ -379,7 +378,7 @@ def test_an_override_mends_a_wrong_value_and_adds_a_missing_one(load) -> None:
         ("datasets.1=5", "a dataset is a table"),
         ("class_weights.5=1", "unknown key"),
         ("class_weights={ positive = -1 }", "give a number of at least 0"),
-        ("attn_implementation=flex_attention", "not supported yet"),
+        ("trust_remote_code=true", "not supported yet"),
         ('target_modules=["q_proj"]', "Control Adapters act on whole layers"),
     ],
 )

@@ -178,3 +178,35 @@ def test_a_block_is_tried_with_its_weights(tiny_model: MakeModel, name: str) -> 
         check_block(model, block, index)
         with pytest.raises(UsageError, match=f"its block {index} mixes documents in other ways than attention"):
             check_block(model, _LooksBack(block), index)
+
+
+def test_block_masks_are_seen_to_keep_documents_apart(tiny_model: MakeModel) -> None:
+    """FlexAttention's masks, as transformers makes them, against positions that do and that do not begin again."""
+    model = CausalLM(tiny_model("llama"), torch.float32)
+    model.attend_by_block_masks()
+    check_isolation(model)
+    model.isolating_arguments = lambda where: model.block_arguments(where.shape[1])  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="no mask that keeps documents apart"):
+        check_isolation(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_block_masks_give_what_dense_masks_give(tiny_model: MakeModel, name: str) -> None:
+    """Logits and gradients of all adapters, on a GPU in float32."""
+    found = []
+    for by_blocks in (False, True):
+        stages = builder(tiny_model(name), carrier=CARRIER, device="cuda")
+        if not stages.model.takes_block_masks or stages.model.attention != "sdpa":
+            pytest.skip("the family has no FlexAttention")
+        if by_blocks:
+            stages.model.attend_by_block_masks()
+        layers = [layer.cuda() for layer in layers_of(stages)]
+        logits = run(layers, *rows(), positions())
+        logits.square().mean().backward()
+        gradients = [p.grad for layer in layers for p in layer.parameters() if p.requires_grad]
+        assert gradients
+        found.append([logits.detach(), *gradients])
+    for dense, blocks in zip(*found, strict=True):
+        # Products of float32 run in TensorFloat32 in neither: sums in another order.
+        assert (dense - blocks).norm() <= 1e-4 * dense.norm()
