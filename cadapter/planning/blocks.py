@@ -53,7 +53,7 @@ class Change:
 
     Attributes:
         numbers: trained ones.
-        after: acts on what the block adds, and trains nothing within it.
+        after: acts on what the block adds, or on what its MLP writes, and on nothing before.
         deltas: components of the Δh that Control Adapters read, over all places where they act.
         inputs: components of what trained products read, each counted once, without attention's own output.
         narrow: components of what lies between two factors.

@@ -115,7 +115,7 @@ class ControlMode:
         read = places * self.model.hidden_size
         return Change(
             numbers=self.trainable()[1 + index],
-            after=settings.site == "block",
+            after=settings.site != "writes",
             deltas=read,
             narrow=places * settings.rank,
             masked=read if settings.dropout > 0 else 0,
