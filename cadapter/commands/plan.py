@@ -84,12 +84,15 @@ def command(
     named; for several GPUs the possible layouts are compared. It is all by estimate: docs/planning.md has the formulas.
     """
     from cadapter.config import config_warnings, load_config
+    from cadapter.errors import UsageError
     from cadapter.files import write_json
     from cadapter.planning.machines import machine
     from cadapter.terminal import note, warn
     from cadapter.training.forecast import forecast
     from cadapter.training.forecast_report import as_json, show_forecast
 
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}.")
     settings = load_config(config, overrides or [])
     there = machine(gpus or settings.pipeline_stages, nodes, tuple(link or ()), gpu, gpu_memory)
     for text in config_warnings(settings):

@@ -13,7 +13,7 @@ from cadapter.data.batches import BatchPlan
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.isolation import check_isolation
-from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.models.loading import DTYPES, FLEX_ATTENTION, CausalLM
 from cadapter.models.outline import CONFIG_FILES, open_weightless
 from cadapter.planning.fitting import Remedy, Settings, Situation, remedies
 from cadapter.planning.layouts import Candidate, Place, Verdict, judge
@@ -56,8 +56,8 @@ def outlook_of(config: Config) -> Outlook:
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     checkpoint = open_weightless(resolve_model(config.model_dir, CONFIG_FILES))
     model = CausalLM(checkpoint, DTYPES[config.dtype], NOWHERE, attention, config.load_in_4bit)
-    if config.document_attention == "isolated":
-        check_isolation(model)
+    if config.document_attention == "isolated" and attention != FLEX_ATTENTION:
+        check_isolation(CausalLM(checkpoint, DTYPES[config.dtype], "cpu", attention))  # it looks at real masks
     mode = mode_of(config, model)
     has_neutral = any(dataset.control_class == 0 or dataset.class_field for dataset in config.datasets)
     carrier = carrier_of(config, mode, has_neutral)

@@ -27,7 +27,9 @@ STEPS, ACCUMULATION = 3, 4
         pytest.param(2, 2, {"document_attention": "isolated"}, id="isolated"),
     ],
 )
-def test_processes_send_what_the_plan_says(project: Project, processes: int, stages: int, keys: dict[str, object]) -> None:
+def test_processes_send_what_the_plan_says(
+    project: Project, processes: int, stages: int, keys: dict[str, object]
+) -> None:
     name = f"counted-{processes}-{stages}-{'-'.join(keys)}"
     keys = {**keys, "pipeline_stages": stages, "gradient_accumulation_steps": ACCUMULATION, "max_steps": STEPS}
     counts, lines = run_counted(project, name, processes, **keys)
