@@ -67,5 +67,5 @@ def sent_bytes(counts: Counter[tuple[str, str, int]]) -> int:
 
 
 def reduced_bytes(counts: Counter[tuple[str, str, int]]) -> int:
-    """Bytes of gradients that were added up with other replicas."""
-    return sum(size * times for (kind, _, size), times in counts.items() if kind == "reduce")
+    """Bytes of gradients that were added up with other replicas, without DeepSpeed's own sums of one or two numbers."""
+    return sum(size * times for (kind, _, size), times in counts.items() if kind == "reduce" and size > 16)
