@@ -11,6 +11,8 @@ from cadapter.adapters.directory import layer_ranges
 Settings = Mapping[str, Any]
 """Keys of a config, and the values that they would have."""
 
+ACCUMULATION = "gradient_accumulation_steps"
+
 
 @dataclass(frozen=True)
 class Situation:
@@ -20,6 +22,7 @@ class Situation:
         kind: "control", "lora" or "full".
         checkpointing: the value of ``activation_checkpointing``.
         four_bit, rows, accumulation, stages, tokens, gradient_dtype: of the config.
+        replicas: that the stages are on.
         layers: of the model.
         chosen: those in which something is trained.
     """
@@ -30,6 +33,7 @@ class Situation:
     rows: int
     accumulation: int
     stages: int
+    replicas: int
     tokens: int
     gradient_dtype: str
     layers: int
@@ -63,14 +67,17 @@ def changes(now: Situation) -> list[Settings]:
     rows = now.rows
     while rows > 1:
         rows = rows // 2 if rows % 2 == 0 else 1
-        found.append({"micro_batch_size": rows, "gradient_accumulation_steps": now.accumulation * now.rows // rows})
+        found.append({"micro_batch_size": rows, ACCUMULATION: now.accumulation * now.rows // rows})
     if now.kind == "full" and now.gradient_dtype == "float32":
         found.append({"gradient_dtype": "bfloat16"})
     if now.kind != "full" and not now.four_bit:
         found.append({"load_in_4bit": True})
     stages = 2 * now.stages
     while stages <= min(now.layers, 8 * now.stages):
-        found.append({"pipeline_stages": stages})
+        # On as many GPUs there are fewer replicas, which must do more for the same batch.
+        factor = stages // now.stages
+        more = {ACCUMULATION: now.accumulation * factor} if now.replicas % factor == 0 else {}
+        found.append({"pipeline_stages": stages, **more})
         stages *= 2
     if len(now.chosen) > 1:
         found.append({"layers_to_transform": layer_ranges(now.chosen[len(now.chosen) // 2 :])})
@@ -93,14 +100,20 @@ def remedies(now: Situation, attempt: Callable[[Settings], Remedy]) -> tuple[lis
     for remedy in alone:
         if remedy.fits:
             return alone, remedy
-    return alone, _together([remedy.settings for remedy in alone if remedy.memory is not None], attempt)
+    possible = [remedy.settings for remedy in alone if remedy.memory is not None]
+    return alone, _together(possible, attempt, now.accumulation)
 
 
-def _together(candidates: Sequence[Settings], attempt: Callable[[Settings], Remedy]) -> Remedy | None:
+def _together(
+    candidates: Sequence[Settings], attempt: Callable[[Settings], Remedy], accumulation: int
+) -> Remedy | None:
     combined: dict[str, Any] = {}
     least = float("inf")
     for settings in candidates:
-        remedy = attempt({**combined, **settings})
+        both = {**combined, **settings}
+        if ACCUMULATION in combined and ACCUMULATION in settings and "micro_batch_size" not in settings:
+            both[ACCUMULATION] = combined[ACCUMULATION] * settings[ACCUMULATION] // accumulation
+        remedy = attempt(both)
         if remedy.memory is None or remedy.memory >= least:
             continue
         combined, least = dict(remedy.settings), remedy.memory

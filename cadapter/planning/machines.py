@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -149,6 +150,8 @@ def machine(
         raise UsageError(f"--link {found[True].name} connects nodes, and there is one.\nGive --nodes.")
     kind = _find("--gpu", gpu, GPUS) if gpu else DEFAULT_GPU
     memory = gib if gib is not None else kind.gib if gpu else None
-    if memory is not None and memory * GIB <= CONTEXT_BYTES:
-        raise UsageError(f"--gpu-memory {gib:g}: CUDA itself takes {CONTEXT_BYTES / GIB:g} GiB; give more.")
+    if memory is not None and not CONTEXT_BYTES < memory * GIB < math.inf:
+        raise UsageError(
+            f"--gpu-memory {gib:g}: CUDA itself takes {CONTEXT_BYTES / GIB:g} GiB; give what the card has."
+        )
     return Machine(gpus, nodes, kind, memory, found.get(False, DEFAULT_LOCAL), found.get(True, DEFAULT_NETWORK))

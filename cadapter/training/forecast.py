@@ -53,7 +53,9 @@ def outlook_of(config: Config) -> Outlook:
     Raises:
         UsageError: model and config do not go together.
     """
-    attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    # Packages of kernels need not be installed here; they keep what sdpa's kernels keep.
+    elsewhere = ("auto", "flash_attention_2", "flash_attention_3")
+    attention = None if config.attn_implementation in elsewhere else config.attn_implementation
     checkpoint = open_weightless(resolve_model(config.model_dir, CONFIG_FILES))
     model = CausalLM(checkpoint, DTYPES[config.dtype], NOWHERE, attention, config.load_in_4bit)
     if config.document_attention == "isolated" and attention != FLEX_ATTENTION:
@@ -202,6 +204,7 @@ def _remedies(outlook: Outlook, machine: Machine) -> tuple[list[Remedy], Remedy 
         rows=config.micro_batch_size,
         accumulation=config.gradient_accumulation_steps,
         stages=config.pipeline_stages,
+        replicas=machine.gpus // config.pipeline_stages,
         tokens=config.sequence_len,
         gradient_dtype=config.gradient_dtype,
         layers=model.layer_count,

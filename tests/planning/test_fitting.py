@@ -9,7 +9,7 @@ import pytest
 from cadapter.planning.fitting import Remedy, Settings, Situation, changes, remedies
 
 NOW = Situation(
-    kind="control", checkpointing="none", four_bit=False, rows=4, accumulation=2, stages=1, tokens=1024,
+    kind="control", checkpointing="none", four_bit=False, rows=4, accumulation=2, stages=1, replicas=1, tokens=1024,
     gradient_dtype="float32", layers=8, chosen=range(8),
 )  # fmt: skip
 BYTES = {"activation_checkpointing": 30, "micro_batch_size": 20, "load_in_4bit": 25, "sequence_len": 10}
@@ -46,6 +46,25 @@ def test_smaller_micro_batches_keep_the_batch() -> None:
     for settings in changes(NOW):
         if "micro_batch_size" in settings:
             assert settings["micro_batch_size"] * settings["gradient_accumulation_steps"] == 8
+
+
+def test_stages_that_take_the_place_of_replicas_keep_the_batch() -> None:
+    found = [each for each in changes(replace(NOW, replicas=4)) if "pipeline_stages" in each]
+    assert found == [
+        {"pipeline_stages": 2, "gradient_accumulation_steps": 4},
+        {"pipeline_stages": 4, "gradient_accumulation_steps": 8},
+        {"pipeline_stages": 8},
+    ]
+
+
+def test_smaller_micro_batches_and_more_stages_together_keep_the_batch() -> None:
+    def only_both(settings: Settings) -> Remedy:
+        memory = 100 - 10 * len(settings)
+        return Remedy(settings, memory, settings.keys() >= {"micro_batch_size", "pipeline_stages"}, "")
+
+    _, found = remedies(replace(NOW, checkpointing="offload", rows=2, replicas=2, four_bit=True), only_both)
+    assert found is not None
+    assert found.settings == {"micro_batch_size": 1, "pipeline_stages": 2, "gradient_accumulation_steps": 8}
 
 
 def test_layers_are_the_upper_half_of_those_that_are_chosen() -> None:
