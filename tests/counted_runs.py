@@ -11,6 +11,7 @@ from tests.tiny_project import Project, metrics, run_well
 
 SITE = """
 import os
+import sys
 
 if os.environ.get("RANK"):
     import torch
@@ -24,8 +25,15 @@ if os.environ.get("RANK"):
 
     send, all_reduce = distributed.send, distributed.all_reduce
 
+    def by_the_pipeline():
+        frame = sys._getframe(2)
+        while frame is not None and not frame.f_code.co_filename.endswith(os.path.join("pipe", "p2p.py")):
+            frame = frame.f_back
+        return frame is not None
+
     def noted_send(tensor, *args, **kwargs):
-        note("send", tensor)
+        if by_the_pipeline():  # and not what is written at the end
+            note("send", tensor)
         return send(tensor, *args, **kwargs)
 
     def noted_all_reduce(tensor, *args, **kwargs):
