@@ -66,7 +66,7 @@ def randomise(adapters: Sequence[ControlAdapter], spectral: float = 0.5) -> None
     """Give each adapter a random B for which ‖W‖₂ = ``spectral``: a function of the layer alone."""
     for adapter in adapters:
         B = torch.randn(adapter.control_B.shape, generator=torch.Generator().manual_seed(50 + adapter.layer))
-        size = torch.linalg.matrix_norm(adapter.settings.scale * B @ adapter.control_A.detach(), 2)
+        size = torch.linalg.matrix_norm(adapter.settings.scale * B @ adapter.control_A.detach().cpu(), 2)
         adapter.control_B.data.copy_(spectral / size * B)
 
 
