@@ -28,6 +28,7 @@ class BlockShape:
         wide: of what the first product of an MLP gives: twice ``inner`` where there is a gate.
         experts: experts that a token goes to; 0: a plain MLP.
         window: tokens that a position sees, itself included; None: all before it.
+        masked: attention is given a mask [T, T] whatever the window, since documents are isolated by one.
         scores: attention makes its [T, T] scores, rather than a kernel that does not.
         capped: and caps them.
         weights: numbers in the weights of products that a token goes through.
@@ -43,8 +44,13 @@ class BlockShape:
     weights: int
     experts: int = 0
     window: int | None = None
+    masked: bool = False
     scores: bool = False
     capped: bool = False
+
+    def has_mask(self, tokens: int) -> bool:
+        """Whether attention in sequences of so many tokens needs a mask [T, T]."""
+        return self.masked or self.scores or (self.window is not None and self.window < tokens)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Block:
         if shape.scores:
             copies = (n if shape.capped else 0) + FLOAT32 + (n if n < FLOAT32 else 0)
             return n * 3 * shape.queries + copies * shape.heads * tokens
-        if shape.window is not None and shape.window < tokens:  # a mask, and keys and values of every head
+        if shape.has_mask(tokens):  # kept with it: keys and values of every head
             return n * (4 * shape.queries + tokens) + FLOAT32 * shape.heads
         return n * (2 * shape.queries + 2 * shape.keys) + FLOAT32 * shape.heads
 
@@ -145,12 +151,12 @@ class Block:
     def backward(self, number_bytes: int, tokens: int, compiled: bool) -> float:
         """Bytes for each token of gradients that are there at once while the block is computed backwards.
 
-        Four tensors of the stream's width and four of the MLP's; as many again where factors lie beside products.
+        Four tensors of the stream's width and four of the MLP's; half as many again where products are trained.
         """
         shape = self.shape
         each = 4 * number_bytes * (shape.hidden + shape.inner)
         scores = 2 * FLOAT32 * shape.heads * tokens if shape.scores else 0
-        return each * (2 if self.change.inputs else 1) + scores
+        return each * (1.5 if self.change.inputs else 1) + scores
 
 
 def block_shape(block: nn.Module, config: Any) -> BlockShape:

@@ -197,7 +197,7 @@ def _logits(run: RunSizes) -> float:
 def _buffers(run: RunSizes, stage: int, stages: int, blocks: list[Block]) -> float:
     received = (stage > 0) + (stage < stages - 1)
     under_way = in_flight(stage, stages, run.accumulation)
-    kinds = {block.shape.window for block in blocks if block.shape.scores or block.shape.window or run.positions}
+    kinds = {block.shape.window for block in blocks if block.shape.has_mask(run.tokens)}
     mask = (run.number_bytes if any(block.shape.scores for block in blocks) else 1) * run.tokens**2
     masks = len(kinds) * mask * (run.rows * under_way if run.positions else 1)
     return received * run.stream_bytes + masks + WORKSPACE_BYTES

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cadapter.config import Config
 from cadapter.models.layers import CarrierFormat
-from cadapter.models.loading import NORM_PREFIX, CausalLM
+from cadapter.models.loading import FLEX_ATTENTION, NORM_PREFIX, CausalLM
 from cadapter.planning.blocks import Block, block_shape
 from cadapter.planning.memory import RunSizes
 from cadapter.training.modes.base import Mode
@@ -45,12 +45,15 @@ def sizes_of(config: Config, model: CausalLM, mode: Mode, carrier: CarrierFormat
     embedding, *blocks, head = model.layer_bytes()
     norm = model.dtype.itemsize * model.weights.numbers(NORM_PREFIX)
     trainable = mode.trainable()
+    # Where FlexAttention can be had, it is the fastest for isolated documents, and needs no mask.
+    by_blocks = config.attn_implementation == "auto" and compiled and model.takes_block_masks
+    masked = carrier.positions and not by_blocks and model.attention != FLEX_ATTENTION
     return RunSizes(
         kind=mode.name,
         layer_bytes=(embedding if embedding_on_device(model, mode) else 0, *blocks, head + norm),
         trainable=tuple(trainable),
         per_number=mode.per_trained,
-        blocks=tuple(_block(model, mode, index, carrier) for index in range(model.layer_count)),
+        blocks=tuple(_block(model, mode, index, carrier, masked) for index in range(model.layer_count)),
         hidden=model.hidden_size,
         vocabulary=head // (model.dtype.itemsize * model.hidden_size),
         number_bytes=model.dtype.itemsize,
@@ -66,8 +69,9 @@ def sizes_of(config: Config, model: CausalLM, mode: Mode, carrier: CarrierFormat
     )
 
 
-def _block(model: CausalLM, mode: Mode, index: int, carrier: CarrierFormat) -> Block:
+def _block(model: CausalLM, mode: Mode, index: int, carrier: CarrierFormat, masked: bool) -> Block:
     change = mode.change(index)
     if carrier.penalty:  # the neutral loss has a float32 Δh of its own
         change = replace(change, masked=change.masked + change.deltas)
-    return Block(block_shape(model.skeleton_block(index), model.config), change)
+    shape = block_shape(model.skeleton_block(index), model.config)
+    return Block(replace(shape, masked=masked), change)

@@ -49,6 +49,12 @@ LORA = Change(
 )
 """Rank 64 on every linear layer."""
 LLAMA_8B, LORA_8B = llama_8b("control", CONTROL), llama_8b("lora", LORA)
+MASKED_8B = replace(
+    LLAMA_8B,
+    blocks=tuple(Block(replace(SHAPE, masked=True), block.change) for block in LLAMA_8B.blocks),
+    positions=True,
+)
+"""Isolated documents, kept apart by a mask."""
 PLAIN_8B = replace(LLAMA_8B, compiled=False)
 CONTROL_4BIT, QLORA = llama_8b("control", CONTROL, four_bit=True), llama_8b("lora", LORA, four_bit=True)
 
@@ -105,23 +111,24 @@ def test_a_first_stage_keeps_the_micro_batches_of_all_stages() -> None:
     ("run", "keep", "measured"),
     [
         (LLAMA_8B, "none", 26.8),
-        (LLAMA_8B, "selective", 21.4),
-        (LLAMA_8B, 2, 21.6),
+        (LLAMA_8B, "selective", 21.2),
+        (LLAMA_8B, 2, 21.4),
         (LLAMA_8B, "full", 16.0),
         (LLAMA_8B, "offload", 15.1),
         (PLAIN_8B, "none", 32.5),
-        (CONTROL_4BIT, "none", 17.4),
+        (MASKED_8B, "none", 29.2),
+        (CONTROL_4BIT, "none", 17.1),
         (CONTROL_4BIT, "full", 6.3),
         (LORA_8B, "none", 34.0),
         (LORA_8B, "selective", 25.9),
-        (LORA_8B, "full", 19.26),
-        (QLORA, "none", 24.9),
-        (QLORA, "full", 9.6),
+        (LORA_8B, "full", 18.7),
+        (QLORA, "none", 24.4),
+        (QLORA, "full", 9.0),
     ],
 )
 def test_the_estimate_is_near_what_was_measured(run: RunSizes, keep: str | int, measured: float) -> None:
     """Peaks on an H100, sequences of 4,096 tokens; estimates are used with a margin of 7 %."""
-    assert need(run, keep) / GIB == pytest.approx(measured, rel=0.035)
+    assert need(run, keep) / GIB == pytest.approx(measured, rel=0.03)
 
 
 def test_each_choice_takes_less_than_the_faster_one() -> None:
