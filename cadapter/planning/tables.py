@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from cadapter.planning.fitting import Remedy, Settings
@@ -19,25 +20,28 @@ PARTS = {
 
 
 def memory_table(title: str, run: RunSizes, bounds: Sequence[int], stages: Sequence[StageMemory]) -> None:
-    """Print what each stage holds: layers, trained parameters, memory by part."""
+    """Print what each stage holds, a column each: layers, trained parameters, memory by part."""
+    numbers = [sum(run.trainable[first:stop]) for first, stop in pairwise(bounds)]
+    sizes = [_sizes(memory) for memory in stages]
     rows = [
-        [stage, layers_of(bounds, stage), f"{sum(run.trainable[bounds[stage] : bounds[stage + 1]]):,}", *_sizes(memory)]
-        for stage, memory in enumerate(stages)
+        ["layers", *(layers_of(bounds, stage) for stage in range(len(stages)))],
+        ["trained parameters", *(f"{number:,}" for number in numbers)],
+        *([name, *(each[part] for each in sizes)] for part, name in PARTS.items()),
+        ["peak, GiB", *(f"{memory.total / GIB:.2f}" for memory in stages)],
     ]
     table(
         title,
-        ["stage", "layers", "trained parameters", *PARTS.values(), "peak, GiB"],
+        ["stage", *map(str, range(len(stages)))],
         rows,
-        align="rl",
+        align="l",
         footer="Memory in GiB (2^30 bytes), by estimate. Of backward and logits, which take turns, the larger counts.",
     )
 
 
-def _sizes(memory: StageMemory) -> list[str]:
+def _sizes(memory: StageMemory) -> dict[str, str]:
     smaller = "backward" if memory.backward < memory.logits else "logits"
     cells = {part: f"{size / GIB:.2f}" for part, size in memory.parts().items()}
-    cells[smaller] = f"({cells[smaller]})"
-    return [*(cells[part] for part in PARTS), f"{memory.total / GIB:.2f}"]
+    return {**cells, smaller: f"({cells[smaller]})"}
 
 
 def layers_of(bounds: Sequence[int], stage: int) -> str:

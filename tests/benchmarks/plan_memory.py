@@ -50,6 +50,12 @@ SETTINGS: dict[str, list[str]] = {
     "control at writes, none": ['control_site="writes"', keep("none")],
     "control on the upper half, none": ["layers_to_transform=UPPER", keep("none")],
     "control, 2 rows, selective": ["micro_batch_size=2", keep("selective")],
+    "isolated documents, none": ['document_attention="isolated"', keep("none")],
+    "isolated documents by a mask, none": [
+        'document_attention="isolated"',
+        'attn_implementation="sdpa"',
+        keep("none"),
+    ],
     "lora, none": [*LORA_64, keep("none")],
     "lora, selective": [*LORA_64, keep("selective")],
     "lora, full": [*LORA_64, keep("full")],
