@@ -7,7 +7,7 @@ import pytest
 from cadapter.planning.machines import LINKS
 from cadapter.planning.traffic import gradient_bytes, ring_bytes, stage_traffic
 from cadapter.training.forecast import outlook_of
-from tests.counted_runs import reduced_bytes, run_counted, sent_bytes
+from tests.counted_runs import paused_step, reduced_bytes, run_counted, sent_bytes, step_lengths
 from tests.tiny_project import Project
 
 STEPS, ACCUMULATION = 3, 4
@@ -43,6 +43,25 @@ def test_processes_send_what_the_plan_says(
         stage = rank // replicas
         expected = STEPS * gradient_bytes(outlook.sizes, bounds, stage) if replicas > 1 else 0
         assert reduced_bytes(each) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("processes", "stages", "accumulation"), [(1, 1, 4), (2, 2, 4), (2, 2, 1), (4, 2, 3), (4, 4, 4)]
+)
+def test_a_step_takes_as_long_as_the_schedule_says(
+    project: Project, processes: int, stages: int, accumulation: int
+) -> None:
+    """Blocks sleep instead of computing; within 15 %, for all that a step does besides."""
+    pause, name = 0.1, f"timed-{processes}-{stages}-{accumulation}"
+    keys = {"pipeline_stages": stages, "gradient_accumulation_steps": accumulation, "max_steps": 4}
+    _, lines = run_counted(project, name, processes, pause, **keys)
+    outlook = outlook_of(project.load(project.root / f"{name}.toml"))
+    expected = paused_step(outlook.bounds(stages), pause, accumulation)
+    found = min(step_lengths(lines)[1:])
+    print(f"{processes} processes, {stages} stages, {accumulation} micro-batches: {expected:.2f} / {found:.2f} s")
+    assert found == pytest.approx(expected, rel=0.15)
 
 
 def test_a_ring_sends_nearly_everything_twice() -> None:
