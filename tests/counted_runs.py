@@ -16,11 +16,11 @@ SITE = """
 import os
 import sys
 
-if os.environ.get("RANK"):
+if os.environ.get("RANK") or os.environ.get("CADAPTER_ALONE"):
     import torch
     import torch.distributed as distributed
 
-    folder, rank = os.environ["CADAPTER_COUNTS"], os.environ["RANK"]
+    folder, rank = os.environ["CADAPTER_COUNTS"], os.environ.get("RANK", "0")
 
     def note(kind, tensor):
         with open(os.path.join(folder, rank), "a") as file:
@@ -90,15 +90,10 @@ def run_counted(
     (folder / "site" / "sitecustomize.py").write_text(SITE, encoding="utf-8")
     config = project.write_config(name, **keys)
     path = os.pathsep.join([str(folder / "site"), str(Path(__file__).parent.parent)])
-    run_well(
-        "train",
-        config,
-        "--num-gpus",
-        processes,
-        PYTHONPATH=path,
-        CADAPTER_COUNTS=str(folder),
-        CADAPTER_PAUSE=str(pause),
-    )
+    changes = {"PYTHONPATH": path, "CADAPTER_COUNTS": str(folder), "CADAPTER_PAUSE": str(pause)}
+    if processes == 1:  # which no launcher tells its rank
+        changes["CADAPTER_ALONE"] = "1"
+    run_well("train", config, "--num-gpus", processes, **changes)
     return [_read(folder / str(rank)) for rank in range(processes)], metrics(project.root / name)
 
 

@@ -3,7 +3,7 @@ r"""What a plan predicts of layouts beside real runs of 1, 2 and 4 processes on 
     python -m tests.benchmarks.plan_layouts
 
 For each layout: bytes between stages and between replicas, which must be equal, and the length of a step. A laptop has
-too few cores for its processes to compute side by side as GPUs do, so blocks sleep, twice as long backwards as forwards:
+too few cores for processes to compute side by side as GPUs do, so blocks sleep, twice as long backwards as forwards:
 what is compared is the schedule, with its bubble and its uneven stages. Links are memory here and count as free.
 """
 
