@@ -164,9 +164,7 @@ def _as_spelt_here(arguments: Sequence[str]) -> list[str]:
 def main() -> NoReturn:
     """Run the program with the arguments of the process, and end the process."""
     sys.argv[1:] = _as_spelt_here(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without the character is no reason to fail
+    terminal.spell_what_streams_lack()
     try:
         app(prog_name="cadapter")
     except SystemExit as end:

@@ -17,11 +17,13 @@ PACKAGE = Path(__file__).parent.parent / "cadapter"
 
 LAYERS = (
     {"", "errors", "classes"},  # "" is cadapter/__init__.py
-    {"files", "terminal"},
+    {"terminal"},
+    {"files"},
     {"algebra", "config"},
     {"adapters", "data", "models"},
     {"planning"},
     {"convert", "training"},
+    {"steering"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -9,7 +9,7 @@ import typer
 
 EXAMPLES = (
     "cadapter plan config.toml --gpu-memory 24",
-    "cadapter plan config.toml --gpu h100 --gpus 16 --nodes 2 --link nvlink --link 100gbe --json plan.json",
+    "cadapter plan config.toml --gpus 16 --nodes 2 --link 100gbe",
 )
 _MACHINE = "The machine"
 
@@ -84,15 +84,12 @@ def command(
     named; for several GPUs the possible layouts are compared. It is all by estimate: docs/planning.md has the formulas.
     """
     from cadapter.config import config_warnings, load_config
-    from cadapter.errors import UsageError
-    from cadapter.files import write_json
+    from cadapter.files import write_json_report
     from cadapter.planning.machines import machine
     from cadapter.terminal import note, warn
     from cadapter.training.forecast import forecast
     from cadapter.training.forecast_report import as_json, show_forecast
 
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}.")
     settings = load_config(config, overrides or [])
     there = machine(gpus or settings.pipeline_stages, nodes, tuple(link or ()), gpu, gpu_memory)
     for text in config_warnings(settings):
@@ -100,5 +97,4 @@ def command(
     found = forecast(settings, there, sequences)
     show_forecast(found, config, overrides or [])
     if json_file is not None:
-        write_json(json_file, as_json(found))
-        note(f"The numbers are in {json_file}.")
+        write_json_report(json_file, as_json(found))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from cadapter.data.other_texts import documents_from_file
 from cadapter.data.preparing import (
     DatasetReport,
     KnownCounts,
     PreparedData,
-    documents_from_file,
+    fingerprint_of,
     known_counts,
     load_tokenizer,
     prepare_data,
@@ -22,6 +23,7 @@ __all__ = [
     "PreparedData",
     "Tokenizer",
     "documents_from_file",
+    "fingerprint_of",
     "known_counts",
     "load_tokenizer",
     "prepare_data",

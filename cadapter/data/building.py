@@ -233,21 +233,20 @@ def _sample(blocks: Iterator[SequenceBlock], total: int, limit: int, seed: int) 
             yield block.select(mask)
 
 
-def alone(ids: np.ndarray, trained: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return one document by itself: (ids int32, trained bool), each [n], n at most ``sequence_len``.
+def alone(ids: np.ndarray, trained: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return one document by itself: (ids int32, trained bool), each [n], n at most ``sequence_len``, and what was cut.
 
     It is the sequence prefix, which is not doubled where the document begins with it, and the document's ``ids``.
-    ``trained`` None: all of them are.
     """
-    trained = np.ones(len(ids), bool) if trained is None else trained
     if starts_with(ids, layout.prefix):
         ids, trained = ids[len(layout.prefix) :], trained[len(layout.prefix) :]
     ids = np.concatenate([np.array(layout.prefix, np.int32), ids])
     trained = np.concatenate([np.zeros(len(layout.prefix), bool), trained])
-    return ids[: layout.sequence_len], trained[: layout.sequence_len]
+    length = layout.sequence_len
+    return ids[:length], trained[:length], max(0, len(ids) - length)
 
 
-def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[arrow.NumberedDocument]:
     for number in range(len(pieces)):
         own = pieces.select(np.array([number]))
         yield int(own.datasets[0]), int(own.classes[0]), *alone(*store.read(own.starts, own.stops), layout)

@@ -14,6 +14,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,11 +23,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from cadapter.errors import UsageError
+
 KERNELS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+PACKAGES = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn; it is built with CUDA's compiler"),
+    "flash_attention_3": ("flash_attn_interface", "it is the directory hopper of flash-attention's sources"),
+}
+"""Of attention implementations that come in packages of their own: the module, and how to install it."""
+
 BLOCK_MASKS = "block masks"
 """FlexAttention, among the kernels of isolated documents."""
 
@@ -35,6 +44,20 @@ DOCUMENT = 1024
 
 PASSES = 5
 """Timed passes of each kernel, forward and backward; some milliseconds each."""
+
+
+def check_installed(attention: str) -> None:
+    """Make sure that the package of an attention implementation is there.
+
+    Raises:
+        UsageError: it is not; how to install it is said.
+    """
+    module, install = PACKAGES.get(attention, ("", ""))
+    if module and find_spec(module) is None:
+        raise UsageError(
+            f'attn_implementation = "{attention}": its package ({module}) is not installed.\n'
+            f'Install it ({install}), or set attn_implementation = "auto".'
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
+from cadapter.models.attention import check_installed
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
@@ -38,6 +39,7 @@ from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Recompute, recompute_for
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
+from cadapter.training.samples import SamplePlan, Sampler, plan_samples
 from cadapter.training.sizes import carrier_of, compiles_on, sizes_of, weighs_neutral
 from cadapter.training.stages import StageBuilder
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
@@ -59,6 +61,7 @@ class Plan:
     bounds: list[int]
     steps: BatchPlan
     sizes: RunSizes
+    samples: SamplePlan | None = None
 
 
 def prepare_together(config: Config, world: World) -> PreparedData:
@@ -74,6 +77,7 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
         UsageError: it is no usable model.
     """
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    check_installed(config.attn_implementation)
     if attention == FLEX_ATTENTION and world.device.type != "cuda":
         raise UsageError(f'attn_implementation = "{attention}" trains on GPUs only.\nUse "auto".')
     place = directory or resolve_model(config.model_dir)
@@ -107,7 +111,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     builder = StageBuilder(model, mode, carrier, _recompute(config, model, sizes, bounds, world.size > 1), runner)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
-    return Plan(config, layout, data, model, mode, builder, bounds, steps, sizes)
+    samples = plan_samples(config, model) if data.evaluation is not None else None
+    return Plan(config, layout, data, model, mode, builder, bounds, steps, sizes, samples)
 
 
 def compiles(config: Config, model: CausalLM) -> bool:
@@ -209,6 +214,7 @@ def build_run(
         batches=StepBatches(plan.data.train, plan.steps),
         evaluation=_evaluation(plan),
         evaluation_accumulation=_evaluation_accumulation(config),
+        sampler=_sampler(plan, pipeline, world),
         facts=facts,
         position=Position() if saved is None else saved.position,
     )
@@ -225,7 +231,10 @@ def _saved(
     saved, total = load_checkpoint(checkpoint), plan.steps.total_steps
     check_facts(saved, facts, excused_facts(given))
     # Killed after its last checkpoint, a run has still to write final/.
-    left_to_write = saved.position.step == total and not is_written_out(checkpoint, directory.final)
+    written = is_written_out(checkpoint, directory.final)
+    if written and saved.position.is_enough(plan.config.early_stopping_patience):
+        raise UsageError(f"{checkpoint} is the end of this run already.\n{saved.position.why_enough()}")
+    left_to_write = saved.position.step == total and not written
     if saved.position.step >= total and not left_to_write:
         raise UsageError(
             f"{checkpoint} is the end of this run already: {saved.position.step} of {total} steps.\n"
@@ -249,6 +258,12 @@ def _evaluation(plan: Plan) -> EvaluationBatches | None:
         return None
     accumulation = _evaluation_accumulation(config)
     return evaluation_batches(data.evaluation, layout.replica, layout.replicas, config.micro_batch_size, accumulation)
+
+
+def _sampler(plan: Plan, pipeline: Pipeline, world: World) -> Sampler | None:
+    if plan.samples is None:
+        return None
+    return Sampler(plan.samples, pipeline, plan.layout, world, plan.config.micro_batch_size * plan.config.sequence_len)
 
 
 def record_run(plan: Plan, directory: RunDirectory, config_text: str, facts: dict[str, Any]) -> None:

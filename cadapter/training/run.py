@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cadapter.config import Config, config_warnings
+from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
 from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.planning.memory import all_stages
@@ -26,10 +26,12 @@ from cadapter.training.resuming import compare_settings, given_keys, settings_of
 from cadapter.training.room import check_room, naming_what_is_kept, room_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
-from cadapter.training.state import load_checkpoint
-from cadapter.training.trainer import Trainer
+from cadapter.training.state import Position, load_checkpoint
+from cadapter.training.trainer import Run, Trainer
 
 GIB = 2**30
+TITLES = {"control": "Control Adapters", "lora": "LoRA", "full": "full fine-tuning"}
+"""What a mode of training is called where someone watches."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,18 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     config_text = source.read_text("utf-8")
     resume_from = _checkpoint_to_resume(directory, options, world)
     if world.is_main:
-        for text in (*config_warnings(config), *filter(None, [remark])):
+        idle = located(idle_keys(config), source, options.overrides)
+        for text in (*config_warnings(config), *idle, *filter(None, [remark])):
             warn(text)
     given = given_keys(options.overrides)
     if resume_from is not None:
         _tell_changes(config, resume_from, given, world)
     plan = plan_run(config, world, resume_from)
     if world.is_main:
+        neutral = int(plan.data.train.trained[2])
+        missed = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
+        for text in located(missed, source, options.overrides):
+            warn(text)
         show_plan(plan)
     on_main(lambda: check_room(room_of(plan), directory), world)
     if options.dry_run:
@@ -96,16 +103,25 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         stack.enter_context(naming_what_is_kept(directory))
         reporter = None
         if world.is_main:
-            reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
+            reporter = stack.enter_context(_reporter(run))
         prepare_for_speed(plan, world, stack)
         signals.from_now_on_save()
         Trainer(run, reporter, signals).train()
     show_peak_memory(world)
     if world.is_main:
-        _show_end(run.position.seconds, run.position.tokens, directory, plan)
+        _show_end(run.position, directory, plan)
         # The run's own config.toml is the config as given: what was overridden has to be given again.
         again = shlex.join(part for override in options.overrides for part in ("--set", override))
         note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
+
+
+def _reporter(run: Run) -> Reporter:
+    position, directory = run.position, run.directory.path
+    lowest = None if position.best_loss is None else (position.best_loss, position.best_step)
+    stages, replicas = run.layout.stages, run.layout.replicas
+    several = [f"{count} {name}" for count, name in ((stages, "stages"), (replicas, "replicas")) if count > 1]
+    title = " · ".join([TITLES[run.mode.name], *several, str(directory)])
+    return Reporter(directory, run.plan.total_steps, position.step + 1, title, lowest)
 
 
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
@@ -206,9 +222,11 @@ def show_peak_memory(world: World) -> None:
         note(f"Peak GPU memory: {highest:.1f} GiB.")
 
 
-def _show_end(seconds: float, tokens: int, directory: RunDirectory, plan: Plan) -> None:
+def _show_end(position: Position, directory: RunDirectory, plan: Plan) -> None:
+    seconds, tokens = position.seconds, position.tokens
+    skipped = f" ({position.skipped:,} of them skipped)" if position.skipped else ""
     note(
-        f"Trained {plan.steps.total_steps:,} steps on {tokens:,} tokens in {seconds:,.0f} s "
+        f"Trained {position.step:,} steps{skipped} on {tokens:,} tokens in {seconds:,.0f} s "
         f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)."
     )
     what = "model" if plan.mode.name == "full" else "adapter"

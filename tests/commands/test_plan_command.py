@@ -152,7 +152,6 @@ def test_batches_that_cannot_be_shared_are_said(large: Project) -> None:
         (["--set", "pipeline_stages=9", "--gpus", "9"], "the model has only 6 pipeline layers"),
         (["--set", 'layers_to_transform="0:99"'], "goes past the last layer"),
         (["--set", "no_such_key=1"], "unknown key"),
-        (["--json", "no/such/directory/plan.json"], "no/such/directory"),
     ],
 )
 def test_mistakes_are_plain_errors(planned: Project, arguments: list[str], words: str) -> None:

@@ -335,6 +335,19 @@ def test_a_config_made_in_python_is_checked_too() -> None:
         Config(**keys, datasets=suppressed)
 
 
+def test_messages_of_a_config_made_in_python_are_ours() -> None:
+    keys = {"model_dir": "m", "output_dir": "o", "lr": 1e-5, "sequence_len": 64}
+    suppressed = (DatasetConfig(dataset_path="a", control_class=-1),)
+    for wrong, says in (
+        ({"datasets": suppressed}, "only Control Adapters know classes"),
+        ({"datasets": ()}, "no data to train on"),
+        ({"datasets": suppressed, "use_control_adapters": True, "layers_to_transform": "x"}, "is no range of layers"),
+    ):
+        with pytest.raises(ValueError, match=says) as caught:
+            Config(**keys, **wrong)
+        assert "Value error" not in str(caught.value)
+
+
 def test_overrides_replace_what_the_file_says(load) -> None:
     config = load(
         QUICK_START,

@@ -223,6 +223,7 @@ def test_gradients_with_block_masks_are_those_with_dense_masks(tmp_path: Path) -
     trained = [[p for layer in layers for p in layer.parameters() if p.requires_grad] for layers in (dense, blocks)]
     assert trained[0]
     for one, other in zip(*trained, strict=True):
-        assert one.grad is not None and other.grad is not None
+        assert one.grad is not None
+        assert other.grad is not None
         # The compiled kernel takes sums in another order, of float32 products.
         assert (one.grad - other.grad).norm() <= 1e-3 * one.grad.norm()
