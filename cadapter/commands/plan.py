@@ -66,7 +66,9 @@ def command(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the numbers to FILE, too.", show_default=False),
+        typer.Option(
+            "--json", metavar="FILE", help="Write the numbers to FILE, too; - prints them instead.", show_default=False
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -84,17 +86,21 @@ def command(
     named; for several GPUs the possible layouts are compared. It is all by estimate: docs/planning.md has the formulas.
     """
     from cadapter.config import config_warnings, load_config
-    from cadapter.files import write_json_report
+    from cadapter.files import STANDARD_OUTPUT, check_report, write_json_report
     from cadapter.planning.machines import machine
-    from cadapter.terminal import note, warn
+    from cadapter.terminal import set_quiet, warn
     from cadapter.training.forecast import forecast
     from cadapter.training.forecast_report import as_json, show_forecast
 
+    check_report(json_file)
+    if json_file == STANDARD_OUTPUT:
+        set_quiet(True)  # nothing else may stand beside the numbers
     settings = load_config(config, overrides or [])
     there = machine(gpus or settings.pipeline_stages, nodes, tuple(link or ()), gpu, gpu_memory)
     for text in config_warnings(settings):
         warn(text)
     found = forecast(settings, there, sequences)
-    show_forecast(found, config, overrides or [])
+    if json_file != STANDARD_OUTPUT:
+        show_forecast(found, config, overrides or [])
     if json_file is not None:
         write_json_report(json_file, as_json(found))

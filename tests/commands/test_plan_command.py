@@ -119,6 +119,15 @@ def test_what_is_proposed_fits(large: Project) -> None:
     assert again["memory"][0]["peak"] == said["fits_with"]["peak"]
 
 
+def test_numbers_alone_on_standard_output(planned: Project) -> None:
+    config = planned.write_config("printed")
+    result = plan(config, "--json", "-")
+    assert json.loads(result.stdout)["stages"] == 1
+    refused = plan(config, "--json", planned.root)
+    assert refused.exit_code == 2
+    assert "is a directory" in refused.output
+
+
 def test_layouts_are_compared(large: Project) -> None:
     config = large.write_config("layouts", **LARGE, pipeline_stages=2)
     said = numbers(large, config, "--gpu", "rtx3090", "--gpus", 16, "--nodes", 2, "--link", "10gbe")
