@@ -166,7 +166,7 @@ def strength_transform(M: Tensor, t: float, where: str = "") -> Tensor:
     """
     M = M.double()
     if not math.isfinite(t):
-        raise UsageError(f"{_prefix(where)}the strength {t} is not a finite number.")
+        raise UsageError(f"{_prefix(where)}the strength {t} is not a finite number.\nGive one, such as 1, -1 or 0.5.")
     if not torch.isfinite(M).all():
         raise UsageError(f"{_prefix(where)}the adapter's factors are not finite numbers.")
     if t == 0:

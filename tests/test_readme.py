@@ -217,7 +217,7 @@ def test_options_that_the_pages_name_exist() -> None:
             known.update(getattr(parameter, "opts", []))
     foreign = {
         "--all", "--memory-megabytes", "--nproc-per-node", "--shape", "--variant", "--lora", "--lora-scaled",
-        "--settings", "--steps", "--table",
+        "--settings", "--steps", "--table", "--logdir",
     }  # fmt: skip
     for page in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text("utf-8")))

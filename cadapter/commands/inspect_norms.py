@@ -58,12 +58,14 @@ def command(
     Everything is worked out at the adapter's rank, in float64. The symmetric form has one more column: how far its
     directions are from orthonormal.
     """
+    import shlex
+
     from cadapter.adapters.directory import read_control_adapter
     from cadapter.convert.norms import measure, orthogonality, verdict
     from cadapter.convert.norms_plot import norms_picture
     from cadapter.errors import CheckFailed, UsageError
     from cadapter.files import STANDARD_OUTPUT, check_report, write_json_report, write_report
-    from cadapter.terminal import progress, set_quiet
+    from cadapter.terminal import note, progress, set_quiet
 
     if fail_above is not None and not (math.isfinite(fail_above) and fail_above >= 0):
         raise UsageError(f"--fail-above {fail_above:g}: give a number of at least 0.")
@@ -84,6 +86,9 @@ def command(
         write_json_report(json_file, _as_json(control, measured, errors, sentences))
     if plot is not None:
         write_report(plot, norms_picture(_title(control), measured))
+    model = control.base_model_name_or_path or "BASE"
+    words = ["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"]
+    note(f"Next: {shlex.join(words)}")
     above = [layer for layer, found in measured.items() if fail_above is not None and found.spectral > fail_above]
     if above:
         worst = max(above, key=lambda layer: measured[layer].spectral)

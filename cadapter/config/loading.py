@@ -99,4 +99,4 @@ def _parse(path: Path, source: str) -> dict[str, Any]:
             position = f"{path}:{place[1]}:{place[2]}"
         else:
             position = f"{path}:{source.rstrip().count(chr(10)) + 1}" if where else str(path)
-        raise UsageError(f"{position}: not valid TOML: {what}.") from None
+        raise UsageError(f"{position}: not valid TOML: {what}; correct it.") from None

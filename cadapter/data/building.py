@@ -15,10 +15,10 @@ import numpy as np
 
 from cadapter.config import Config
 from cadapter.data import arrow, cache
+from cadapter.data.bad_records import BadRecords
 from cadapter.data.fitting import each_in_one
 from cadapter.data.packing import Layout, Pieces, SequenceBlock, in_a_row, pack
 from cadapter.data.shuffling import shuffled
-from cadapter.data.sources import OnBad
 from cadapter.data.splitting import Portion, split_documents
 from cadapter.data.statistics import histogram
 from cadapter.data.store import Dataset, TokenStore, write_store
@@ -37,12 +37,12 @@ def build_stream(
     stream: list[Dataset],
     tokenizer: Tokenizer,
     hashes: dict[Path, cache.FileState],
-    on_bad: OnBad,
+    bad: BadRecords,
     directory: Path,
 ) -> dict[str, Any]:
     """Write the Arrow files of the stream of the datasets ``stream`` into ``directory``; return what was counted.
 
-    ``hashes`` are the files' states that the cache's key was made from; ``on_bad`` is told of unusable records.
+    ``hashes`` are the files' states that the cache's key was made from; ``bad`` is told of unusable records.
 
     Raises:
         UsageError: a file that cannot be used or that changed meanwhile, an empty dataset, nothing to train on.
@@ -53,7 +53,7 @@ def build_stream(
     with tempfile.TemporaryDirectory(dir=directory, prefix="tokens-") as folder:
         with progress(f"Tokenising {name}", unit="records") as advance:
             store = write_store(
-                Path(folder), stream, tokenizer, framing, config.seed, config.sequence_len, on_bad, advance
+                Path(folder), stream, tokenizer, framing, config.seed, config.sequence_len, bad, advance
             )
         with closing(store):
             for file in (file for dataset in stream for file in dataset.files):

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from cadapter.config import Config
+from cadapter.data.bad_records import BadRecords
 from cadapter.data.building import alone, check_vocabulary, layout_of
 from cadapter.data.preparing import fields_of, stem
 from cadapter.data.records import Fields
 from cadapter.data.sequences import HeldOutDocument
-from cadapter.data.sources import format_of, read_records, refuse, resolve_files
+from cadapter.data.sources import format_of, read_records, resolve_files
 from cadapter.data.store import Dataset, write_store
 from cadapter.data.tokenising import Tokenizer
 from cadapter.errors import UsageError
@@ -39,11 +40,12 @@ def documents_from_file(path: str, control_class: int, config: Config, tokenizer
     dataset = Dataset(stem(path), path, tuple(files), fields, control_class, "split", None, None, False)
     framing = tokenizer.framing(config)
     layout = layout_of(config, framing)
+    bad = BadRecords(0, skippable=False)
     with (
         tempfile.TemporaryDirectory(prefix="cadapter-") as folder,
         progress(f"Tokenising {dataset.name}", unit="records") as advance,
         closing(
-            write_store(Path(folder), [dataset], tokenizer, framing, config.seed, config.sequence_len, refuse, advance)
+            write_store(Path(folder), [dataset], tokenizer, framing, config.seed, config.sequence_len, bad, advance)
         ) as store,
     ):
         wanted = np.flatnonzero(store.classes == control_class)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cadapter.config import Config, DatasetConfig
 from cadapter.data import cache
+from cadapter.data.bad_records import BadRecords
 from cadapter.data.building import build_stream
 from cadapter.data.records import Fields
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
@@ -217,13 +218,13 @@ def _fingerprint(keys: list[str]) -> str:
 
 def _sources(config: Config) -> tuple[cache.Cache, dict[Path, cache.FileState], list[list[Dataset]]]:
     """Return the cache, the state of every file, and the datasets of each stream."""
-    datasets = _datasets(config)
+    datasets = datasets_of(config)
     store = cache.Cache(_cache_directory(config, datasets), note)
     streams = [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]
     return store, _file_states(datasets, store), streams
 
 
-def _datasets(config: Config) -> list[Dataset]:
+def datasets_of(config: Config) -> list[Dataset]:
     """Return the datasets of ``config`` with their files; equal names are told apart by their paths or numbers."""
     stems = Counter(stem(dataset.dataset_path) for dataset in config.datasets)
     paths = Counter(dataset.dataset_path for dataset in config.datasets)
@@ -292,26 +293,6 @@ def _file_states(datasets: list[Dataset], store: cache.Cache) -> dict[Path, cach
                 raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
             advance()
     return states
-
-
-class BadRecords:
-    """Takes note of records that cannot be used, up to ``limit`` of them."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.count = 0
-
-    def __call__(self, error: UsageError) -> None:
-        """Count one.
-
-        Raises:
-            UsageError: it is one too many; ``error`` itself where none is allowed.
-        """
-        self.count += 1
-        if not self.limit:
-            raise UsageError(f"{error}\nTo leave out up to N such records: cadapter prepare CONFIG --skip-bad N")
-        if self.count > self.limit:
-            raise UsageError(f"More than {self.limit} records cannot be used (--skip-bad). The last one:\n{error}")
 
 
 def _skipped(entry: Path) -> int:

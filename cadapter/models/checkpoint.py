@@ -86,7 +86,10 @@ def load_model_config(directory: Path) -> Any:
         UsageError: there is none, or transformers cannot read it.
     """
     if not (directory / "config.json").is_file():
-        raise UsageError(f"{directory} is not a model directory: it has no config.json.")
+        raise UsageError(
+            f"{directory} is not a model directory: it has no config.json.\n"
+            "Give the directory of a Hugging Face model, or a hub id."
+        )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

@@ -35,11 +35,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: give at least 1.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"--temperature must be 0 (the most probable token) or above, not {self.temperature:g}.")
+            raise UsageError(f"--temperature {self.temperature:g}: give 0 (the most probable token) or above.")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}.")
+            raise UsageError(f"--top-p {self.top_p:g}: give a number above 0 and at most 1.")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> Tensor:

@@ -43,5 +43,5 @@ def _number(part: str, text: str) -> Decimal:
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or not math.isfinite(float(number)):
-        raise UsageError(f"--strength {text}: {part.strip() or 'nothing'!r} is no number.")
+        raise UsageError(f"--strength {text}: {part.strip() or 'nothing'!r} is no number; give one, such as 0.5.")
     return number + 0  # no negative zero

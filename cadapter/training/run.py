@@ -60,7 +60,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     signals = StopSignals()
     remark = check_deepspeed()
     config_text = source.read_text("utf-8")
-    resume_from = _checkpoint_to_resume(directory, options, world)
+    resume_from = _checkpoint_to_resume(directory, options, config_text, world)
     if world.is_main:
         idle = located(idle_keys(config), source, options.overrides)
         for text in (*config_warnings(config), *idle, *filter(None, [remark])):
@@ -160,7 +160,9 @@ def _tell_changes(config: Config, resume_from: Path, given: set[str], world: Wor
             note(f"Changed since the checkpoint: {line}.")
 
 
-def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world: World) -> Path | None:
+def _checkpoint_to_resume(
+    directory: RunDirectory, options: TrainOptions, config_text: str, world: World
+) -> Path | None:
     """Look for the checkpoint on rank 0, whose directory is the one that counts, and tell everyone."""
     found = [""]
 
@@ -170,6 +172,8 @@ def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world:
         checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force)
         for remark in [*tidied, *remarks]:
             warn(remark)
+        if checkpoint is None:
+            directory.refuse_foreign(config_text)
         found[0] = str(checkpoint or "")
 
     on_main(look, world)
@@ -193,7 +197,7 @@ def show_plan(plan: Plan) -> None:
         warn(inferred_note(plan.model))
     note(plan.mode.description())
     note(
-        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens), "
+        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens with their prefixes), "
         f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
         f"{steps.total_steps:,} steps in all."
     )

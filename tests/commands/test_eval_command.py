@@ -446,8 +446,11 @@ def test_what_does_not_fit_its_base_is_refused(
 
 
 @pytest.mark.parametrize(("keys", "chat"), [({}, False), ({"messages_field": "messages"}, True)])
-def test_what_comes_next_knows_chats(tmp_path: Path, keys: dict[str, str], chat: bool) -> None:
+def test_what_comes_next_knows_chats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, str], chat: bool
+) -> None:
     """A full model needs no adapter; its prompts are turns where its texts were."""
     dataset = DatasetConfig(dataset_path="d.jsonl", **keys)
     config = Config(model_dir="m", output_dir="o", lr=1.0, sequence_len=64, full_fine_tune=True, datasets=(dataset,))
-    assert eval_command._next(config, tmp_path) == f"cadapter generate {tmp_path} PROMPT" + " --chat" * chat
+    eval_command._note_next(config, tmp_path)
+    assert capsys.readouterr().out.split() == f"Next: cadapter generate {tmp_path} PROMPT{' --chat' * chat}".split()
