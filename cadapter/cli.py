@@ -19,6 +19,7 @@ from cadapter.errors import CadapterError, Stopped
 
 COMMANDS = (
     "prepare",
+    "plan",
     "train",
     "eval",
     "generate",

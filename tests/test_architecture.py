@@ -22,6 +22,7 @@ LAYERS = (
     {"files"},
     {"algebra", "config"},
     {"adapters", "data", "models"},
+    {"planning"},
     {"convert", "training"},
     {"steering", "written"},
     {"api", "doctor"},

@@ -173,6 +173,34 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
     )
 
 
+@dataclass(frozen=True)
+class KnownCounts:
+    """What the cache knows of a config's data: packed sequences, those held out, and tokens to train on."""
+
+    sequences: int
+    eval_sequences: int
+    tokens: int
+
+
+def known_counts(config: Config) -> KnownCounts | None:
+    """Look into the cache for the data of ``config`` without building or writing anything; None: it is not there.
+
+    Raises:
+        UsageError: a file or the tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(config)
+    store, files, streams = _sources(config)
+    sequences = held_out = tokens = 0
+    for stream in streams:
+        found, _ = store.find(_recipe(config, stream, tokenizer, files))
+        if found is None:
+            return None
+        entry = cache.open_entry(found, config.sequence_len, [dataset.name for dataset in stream])
+        sequences, held_out = sequences + len(entry.train), held_out + len(entry.evaluation)
+        tokens += int(entry.train.tokens.sum())
+    return KnownCounts(sequences, held_out, tokens)
+
+
 def fingerprint_of(config: Config) -> str:
     """Return what :attr:`PreparedData.fingerprint` would be, without building anything.
 

@@ -13,11 +13,14 @@ import torch
 from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
 from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
-from cadapter.terminal import note, table, warn
+from cadapter.planning.memory import all_stages
+from cadapter.planning.tables import memory_table
+from cadapter.terminal import note, warn
 from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, on_main, sum_over_world
 from cadapter.training.engine import check_deepspeed
 from cadapter.training.failures import joined_world
+from cadapter.training.recompute import in_a_word
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import compare_settings, given_keys, settings_of
 from cadapter.training.room import check_room, naming_what_is_kept, room_of
@@ -74,6 +77,8 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         show_plan(plan)
     on_main(lambda: check_room(room_of(plan), directory), world)
     if options.dry_run:
+        with contextlib.ExitStack() as stack:
+            prepare_for_speed(plan, world, stack)
         if world.is_main:
             note("Everything checked, nothing trained. Leave out --dry-run to train.")
         return
@@ -122,6 +127,7 @@ def _reporter(run: Run) -> Reporter:
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
     """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
     config, model = plan.config, plan.model
+    attention = f"attention: {model.attention}."
     if model.attention == "sdpa":
         times = time_kernels(
             model.config,
@@ -136,10 +142,14 @@ def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> 
             if times.fastest == BLOCK_MASKS:
                 model.attend_by_block_masks()
             stack.enter_context(times.preferred())
-            if world.is_main:
-                note(times.in_words())
-    if compiles(config, model) and world.is_main:
+            attention = times.in_words()
+    if not world.is_main:
+        return
+    note(attention)
+    if compiles(config, model):
         note("Compiling in the first step, once for all decoder blocks that are alike: up to some minutes.")
+    else:
+        note("compile: decoder blocks run as they are.")
 
 
 def _tell_changes(config: Config, resume_from: Path, given: set[str], world: World) -> None:
@@ -157,10 +167,9 @@ def _checkpoint_to_resume(
     found = [""]
 
     def look() -> None:
-        if not options.dry_run:
-            directory.claim()
+        directory.claim()
         tidied = directory.tidy_up() if options.resume and not options.dry_run else []
-        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
+        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force)
         for remark in [*tidied, *remarks]:
             warn(remark)
         if checkpoint is None:
@@ -175,29 +184,14 @@ def _checkpoint_to_resume(
 def show_plan(plan: Plan) -> None:
     """Print the layout, the steps and what each stage holds."""
     config, layout, steps = plan.config, plan.layout, plan.steps
-    trainable, sizes = plan.mode.trainable(), plan.model.layer_bytes()
-    rows = []
-    for stage in range(layout.stages):
-        first, stop = plan.bounds[stage], plan.bounds[stage + 1]
-        names = [_layer_name(index, len(sizes)) for index in (first, stop - 1)]
-        trained = sum(trainable[first:stop])
-        rows.append(
-            [
-                stage,
-                names[0] if first == stop - 1 else f"{names[0]} … {names[1]}",
-                f"{sum(sizes[first:stop]) / GIB:.3f}",
-                f"{trained:,}",
-                f"{trained * plan.mode.bytes_per_trained / GIB:.3f}",
-            ]
-        )
-    table(
+    recompute = plan.builder.recompute
+    memory_table(
         f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
-        ["stage", "layers", "weights, GiB", "trained parameters", "with gradients and Adam, GiB"],
-        rows,
-        align="rl",
+        plan.sizes,
+        plan.bounds,
+        all_stages(plan.sizes, plan.bounds, recompute.block),
     )
-    if plan.builder.recompute.reason:
-        note(plan.builder.recompute.reason)
+    note(recompute.reason or f"activation_checkpointing: {in_a_word(recompute)}.")
     tokens = int(plan.data.train.tokens.sum())
     if plan.model.family.inferred:
         warn(inferred_note(plan.model))
@@ -230,12 +224,6 @@ def show_peak_memory(world: World) -> None:
     highest = sum_over_world(peaks).max().item()
     if world.is_main:
         note(f"Peak GPU memory: {highest:.1f} GiB.")
-
-
-def _layer_name(index: int, count: int) -> str:
-    if index == 0:
-        return "embedding"
-    return "head" if index == count - 1 else f"block {index - 1}"
 
 
 def _show_end(position: Position, directory: RunDirectory, plan: Plan) -> None:
