@@ -8,7 +8,6 @@ The config is PEFT-shaped. Factors are stored as trained, in float32, under
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -27,7 +26,7 @@ from cadapter.adapters.layer_facts import LayerFacts
 from cadapter.adapters.layer_facts import describe_layers as describe_layers  # found here too
 from cadapter.algebra import orthogonality_error
 from cadapter.errors import UsageError
-from cadapter.files import write_json, write_text
+from cadapter.files import read_json, refuse_links_out, write_json, write_text
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -100,12 +99,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_NAME
     if not file.is_file():
         raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file}, line {error.lineno}: broken JSON ({error.msg}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
+    refuse_links_out(path, (CONFIG_NAME, WEIGHTS_NAME))
+    config = read_json(file)
     if not isinstance(config, dict):
         raise UsageError(f"{file} must hold a JSON object, not a {type(config).__name__}.")
     return config

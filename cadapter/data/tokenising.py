@@ -19,6 +19,7 @@ import numpy as np
 from cadapter.data.chat import Chat, ChatTemplate, Span
 from cadapter.data.parts import grouped, parts_of
 from cadapter.errors import UsageError
+from cadapter.files import refuse_links_out
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -110,6 +111,7 @@ class Tokenizer:
                 f"{directory} holds no tokenizer (tokenizer.json).\n"
                 "Copy the tokenizer files of the model's publisher beside its config.json."
             )
+        refuse_links_out(directory, ("*.json", "*.model", "*.txt", "*.jinja"))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cadapter.errors import UsageError
+from cadapter.files import read_json, refuse_links_out
 from cadapter.models.reading import Reader, Stretch
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -87,6 +88,13 @@ def load_model_config(directory: Path) -> Any:
     """
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory} is not a model directory: it has no config.json.")
+    refuse_links_out(directory, HUB_FILES)
+    settings = read_json(directory / "config.json")
+    if isinstance(settings, dict) and settings.get("transformers_weights") is not None:
+        raise UsageError(
+            f"{directory / 'config.json'} names weights of its own (transformers_weights).\n"
+            f"Only {SINGLE_NAME} and what {INDEX_NAME} names are read: remove the key if that is what it means."
+        )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -114,6 +122,7 @@ class Checkpoint:
         self.seconds_reading = 0.0
         self._reader: Reader | None = None
         self._info: dict[str, TensorInfo] = {}
+        self._there = {path.name for path in directory.iterdir() if path.is_file()}
         for file in self._shards():
             self._read_header(file)
         if not self._info:
@@ -123,14 +132,11 @@ class Checkpoint:
         index = self.directory / INDEX_NAME
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                files = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError) as error:
                 raise UsageError(f"{index} is damaged: it has no readable weight_map.") from error
             for file in files:
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise UsageError(f"{index}: the file name {file!r} leaves the model's directory.")
-                if not (self.directory / file).is_file():
-                    raise UsageError(f"{index} names {file}, which is missing.\nDownload the model again.")
+                self._check_name(file, index)
             return files
         if (self.directory / SINGLE_NAME).is_file():
             return [SINGLE_NAME]
@@ -140,6 +146,18 @@ class Checkpoint:
                 "Convert them to safetensors first: load the model with transformers and call save_pretrained."
             )
         raise UsageError(f"{self.directory} is not a model directory: it has no {SINGLE_NAME} and no {INDEX_NAME}.")
+
+    def _check_name(self, file: Any, index: Path) -> None:
+        """Make sure that ``index`` may name this shard."""
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UsageError(f"{index}: the file name {file!r} leaves the model's directory.")
+        if not file.endswith(".safetensors"):
+            raise UsageError(
+                f"{index}: {file!r} is no safetensors file, and others are not read: unpickling can run any code.\n"
+                "Convert the model: load it with transformers and call save_pretrained."
+            )
+        if file not in self._there:
+            raise UsageError(f"{index} names {file}, which is missing.\nDownload the model again.")
 
     def _read_header(self, file: str) -> None:
         try:
