@@ -162,7 +162,7 @@ def _base_directory(lora: Path, base: str | None) -> Path:
     if base is not None:
         return resolve_model(base, ("config.json",))
     recorded = read_adapter_config(lora).get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not Path(recorded).is_dir():
+    if not isinstance(recorded, str) or not os.path.isdir(recorded):
         raise UsageError(
             f"{lora / CONFIG_NAME} names {recorded!r} as its base model, which is no directory here.\n"
             "Give the base model, of which only the config is read: --base MODEL"

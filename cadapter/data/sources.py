@@ -8,7 +8,8 @@
 | ``.parquet`` | one row each |
 
 All but Parquet (which compresses by itself) may end in ``.gz`` or ``.zst`` too. Text is UTF-8. JSON Lines and Parquet
-are streamed; a ``.txt`` or ``.json`` file is held in memory whole. Every error names the file and the place in it: a
+are streamed; a ``.txt`` or ``.json`` file is held in memory whole, and how much that may be is bounded, whatever a
+compressed file grows to. Every error names the file and the place in it: a
 line of JSON Lines, a record or row counted from 1.
 """
 
@@ -33,7 +34,12 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = (".txt", ".json", ".jsonl", ".parquet")
 LONGEST_LINE = 1 << 27
 """Bytes; a longer line of JSON Lines is refused, since a line is held in memory."""
+LARGEST_WHOLE = 1 << 30
+"""Bytes, decompressed; a larger .txt or .json file is refused, since it is held in memory whole."""
+_WHOLE_PIECE = 1 << 24
 _PARQUET_ROWS = 256
+_PARQUET_MEMORY = 1 << 28
+"""Bytes that the rows read at once may take: a long value is stored once, however many rows have it."""
 _PARQUET_BUFFER = 1 << 20
 _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
@@ -130,8 +136,15 @@ def _unreadable(file: Path, error: Exception) -> UsageError:
 
 
 def _read_whole(file: Path) -> str:
+    data = bytearray()
     with _open(file) as stream:
-        data = stream.read()
+        while piece := stream.read(_WHOLE_PIECE):
+            data += piece
+            if len(data) > LARGEST_WHOLE:
+                raise UsageError(
+                    f"{file}: there is more than {LARGEST_WHOLE >> 20} MiB in it, decompressed, and such a file is "
+                    "held in memory whole.\nSplit it, or write it as .jsonl, which is read line by line."
+                )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -235,7 +248,7 @@ def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...]
                     raise no_field(str(file), name, names, "columns")
             columns = [*needed, *(name for name in optional if name in names)]
             row = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            for batch in table.iter_batches(batch_size=_rows_at_once(table.metadata, columns), columns=columns):
                 for index in range(len(batch)):
                     row += 1
                     where = f"{file}, row {row}"
@@ -247,6 +260,17 @@ def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...]
                         yield Record(fields, where)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(file, error) from error
+
+
+def _rows_at_once(metadata: Any, columns: list[str]) -> int:
+    """How many rows fit into the memory that they may take, if each has the longest value that its column can have."""
+    largest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        parts = (group.column(place) for place in range(group.num_columns))
+        sizes = [part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns]
+        largest = max(largest, *sizes)
+    return max(1, min(_PARQUET_ROWS, _PARQUET_MEMORY // largest))
 
 
 def _as_python(value: Any, where: str) -> Any:
