@@ -37,9 +37,8 @@ LONGEST_LINE = 1 << 27
 LARGEST_WHOLE = 1 << 30
 """Bytes, decompressed; a larger .txt or .json file is refused, since it is held in memory whole."""
 _WHOLE_PIECE = 1 << 24
-_PARQUET_ROWS = 256
-_PARQUET_MEMORY = 1 << 28
-"""Bytes that the rows read at once may take: a long value is stored once, however many rows have it."""
+_PARQUET_ROWS = 8
+"""Read at once. A file may hold a long value once and have every row repeat it; in memory each has its own."""
 _PARQUET_BUFFER = 1 << 20
 _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
@@ -248,7 +247,7 @@ def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...]
                     raise no_field(str(file), name, names, "columns")
             columns = [*needed, *(name for name in optional if name in names)]
             row = 0
-            for batch in table.iter_batches(batch_size=_rows_at_once(table.metadata, columns), columns=columns):
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 for index in range(len(batch)):
                     row += 1
                     where = f"{file}, row {row}"
@@ -258,22 +257,17 @@ def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...]
                         on_bad(error)
                     else:
                         yield Record(fields, where)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{file}, names of columns") from error
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(file, error) from error
 
 
-def _rows_at_once(metadata: Any, columns: list[str]) -> int:
-    """How many rows fit into the memory that they may take, if each has the longest value that its column can have."""
-    largest = 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        parts = (group.column(place) for place in range(group.num_columns))
-        sizes = [part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns]
-        largest = max(largest, *sizes)
-    return max(1, min(_PARQUET_ROWS, _PARQUET_MEMORY // largest))
-
-
 def _as_python(value: Any, where: str) -> Any:
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar) and value.is_valid:
+        size = value.as_buffer().size
+        if size > LONGEST_LINE:
+            raise UsageError(f"{where}: the text is longer than {LONGEST_LINE >> 20} MiB.\nSplit this document.")
     try:
         return _without_nulls(value.as_py())
     except UnicodeDecodeError as error:

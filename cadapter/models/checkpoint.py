@@ -102,7 +102,7 @@ def load_model_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except StrictDataclassError as error:  # a value of a wrong type, or values that contradict one another
         raise UsageError(f"{directory / 'config.json'} cannot be used: {error.__cause__ or error}") from error
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers trusts a config, and fails in any way where it is wrong
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{directory / 'config.json'} cannot be used: {first}") from error
 

@@ -12,16 +12,20 @@ files of the target's directory are compared with what they were.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 COMPARED_EVERY = 500
 LONGEST = {"tokenizer": 1 << 15}
@@ -100,14 +104,70 @@ def fuzz(name: str, runs: int, faults: Path, seed: int) -> None:
         words = Path(folder, "words")
         words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
         run = Run(name, work, faults, lambda data: targets.call(target, work, data), target.file)
-        options = [f"-atheris_runs={runs}", f"-max_len={LONGEST.get(name, 4096)}", f"-dict={words}", f"-seed={seed}"]
-        atheris.Setup(["fuzz", *options, "-verbosity=0", "-rss_limit_mb=4096", str(corpus)], run)
+        options = [f"-atheris_runs={runs}", f"-max_len={LONGEST.get(name, 4096)}", f"-seed={seed}"]
+        options += [f"-dict={words}"] * bool(target.words)
+        atheris.Setup(["fuzz", *options, "-verbosity=0", "-rss_limit_mb=4096", str(corpus)], run, custom_mutator=mutate)
         try:
             atheris.Fuzz()
         except SystemExit:
             pass
         finally:
             print(json.dumps(run.result()), flush=True)
+
+
+INTERESTING = (
+    None, True, False, 0, -1, 1, 0.5, 2**31, 2**63, 10**25, 1e308, float("nan"), float("inf"), "", "x", "../x", "/x/y",
+    "\x00", "\ud800", "F32", "F8_E4M3", "I64", [], [0], {}, {"a": 1}, [[]], "é" * 300,
+)  # fmt: skip
+"""Values that stand in for others."""
+
+
+def changed_json(data: bytes, draw: random.Random) -> bytes:
+    """JSON with one of its values replaced, left out, doubled or moved; a safetensors header counts as JSON.
+
+    Raises:
+        ValueError: ``data`` is neither.
+    """
+    head = int.from_bytes(data[:8], "little")
+    if 2 <= head <= len(data) - 8 and data[8:9] == b"{":
+        text = changed_json(data[8 : 8 + head], draw)
+        return len(text).to_bytes(8, "little") + text + data[8 + head :]
+    value = json.loads(data)
+    places = list(_places(value, 200))
+    for _ in range(draw.choice((1, 1, 2))):
+        holder, key = draw.choice(places)
+        action = draw.randrange(4)
+        with contextlib.suppress(KeyError, IndexError):  # an earlier change took it away
+            if action == 0:
+                del holder[key]
+            elif action == 1 and isinstance(holder, list):
+                holder.append(holder[key])
+            elif action == 2:
+                other, place = draw.choice(places)
+                holder[key] = copy.deepcopy(other[place])
+            else:
+                holder[key] = draw.choice(INTERESTING)
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+def _places(value: Any, most: int) -> Iterator[tuple[Any, Any]]:
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in list(keys)[:most]:
+        yield value, key
+        yield from _places(value[key], most)
+
+
+def mutate(data: bytes, longest: int, seed: int) -> bytes:
+    """Change the meaning of JSON every other time, and bytes otherwise."""
+    import atheris
+
+    draw = random.Random(seed)
+    if draw.random() < 0.5:
+        with contextlib.suppress(ValueError, RecursionError, IndexError):
+            found = changed_json(data, draw)
+            if len(found) <= longest:
+                return found
+    return atheris.Mutate(data, longest)
 
 
 def _escaped(word: str) -> str:

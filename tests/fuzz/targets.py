@@ -404,7 +404,9 @@ TARGETS: dict[str, Target] = {
     "jsonl": Target(nothing, "x.jsonl", read_texts("x.jsonl"), (LINES,), JSON_WORDS),
     "json": Target(nothing, "x.json", read_texts("x.json"), (in_json([RECORD, RECORD]),), JSON_WORDS),
     "gzip": Target(nothing, "x.jsonl.gz", read_texts("x.jsonl.gz"), (gzip.compress(LINES),)),
-    "zstd": Target(nothing, "x.txt.zst", read_texts("x.txt.zst"), (pa.compress(LINES, "zstd", asbytes=True),)),
+    "zstd": Target(
+        nothing, "x.txt.zst", read_texts("x.txt.zst", ALL_FIELDS[:1]), (pa.compress(LINES, "zstd", asbytes=True),)
+    ),
     "parquet": Target(
         nothing, "x.parquet", read_texts("x.parquet", ALL_FIELDS[:3]),
         (parquet(), parquet(compression="none", use_dictionary=False), parquet(store_schema=False)),
