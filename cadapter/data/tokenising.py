@@ -131,7 +131,9 @@ class Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.directory, use_fast=True, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # a damaged tokenizer file surfaces as any of a dozen types
+        except BaseException as error:  # a damaged tokenizer file surfaces as any of a dozen types
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is tokenizers'
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(f"{self.directory}: its tokenizer cannot be loaded: {reason}") from error
         if not tokenizer.is_fast:

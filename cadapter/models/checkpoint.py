@@ -34,6 +34,9 @@ _DTYPES = {
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 """What is downloaded of a model named by its hub id: never pickled weights, never code."""
 
+MOST_PARTS = 1 << 16
+"""Layers, or experts of a layer; lists of that length are made before anything else shows that a config is wrong."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -89,12 +92,7 @@ def load_model_config(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory} is not a model directory: it has no config.json.")
     refuse_links_out(directory, HUB_FILES)
-    settings = read_json(directory / "config.json")
-    if isinstance(settings, dict) and settings.get("transformers_weights") is not None:
-        raise UsageError(
-            f"{directory / 'config.json'} names weights of its own (transformers_weights).\n"
-            f"Only {SINGLE_NAME} and what {INDEX_NAME} names are read: remove the key if that is what it means."
-        )
+    _check_settings(read_json(directory / "config.json"), directory / "config.json")
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -105,6 +103,20 @@ def load_model_config(directory: Path) -> Any:
     except Exception as error:  # transformers trusts a config, and fails in any way where it is wrong
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{directory / 'config.json'} cannot be used: {first}") from error
+
+
+def _check_settings(settings: Any, file: Path) -> None:
+    """Make sure that transformers, which trusts a config, does not follow this one out of what is read here."""
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} cannot be used: it is no JSON object.")
+    if settings.get("transformers_weights") is not None:
+        raise UsageError(
+            f"{file} names weights of its own (transformers_weights).\n"
+            f"Only {SINGLE_NAME} and what {INDEX_NAME} names are read: remove the key if that is what it means."
+        )
+    for key in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        if isinstance(settings.get(key), int) and settings[key] > MOST_PARTS:
+            raise UsageError(f"{file} cannot be used: {key} = {settings[key]}, more than any model has.")
 
 
 class Checkpoint:
