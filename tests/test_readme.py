@@ -169,7 +169,7 @@ def test_the_command_lines_of_a_document_run_in_order(document: Path, fresh: Pat
             else:
                 assert run_here(line).strip() or ">" in line
     assert skipped == SKIPPED.get(document.name, {})
-    assert len(lines) > sum(skipped.values())
+    assert not lines or len(lines) > sum(skipped.values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -153,7 +153,7 @@ def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
         if tensor.numel() == 0:
             raise UsageError(f"{file}: {name} has shape {list(tensor.shape)}: it holds no numbers.")
         if not torch.isfinite(tensor.float()).all():
-            raise UsageError(f"{file}: {name} holds NaN or infinite values (in float32): the adapter is broken.")
+            raise UsageError(f"{file}: {name} holds NaN or infinite values: it is broken.\nUse an earlier checkpoint.")
     return tensors
 
 
