@@ -114,6 +114,9 @@ def _check_settings(settings: Any, file: Path) -> None:
             f"{file} names weights of its own (transformers_weights).\n"
             f"Only {SINGLE_NAME} and what {INDEX_NAME} names are read: remove the key if that is what it means."
         )
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(settings.get(key)):
+            raise UsageError(f"{file} cannot be used: {key} = {settings[key]!r} is code on the hub; remove the key.")
     for key in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
         if isinstance(settings.get(key), int) and settings[key] > MOST_PARTS:
             raise UsageError(f"{file} cannot be used: {key} = {settings[key]}, more than any model has.")

@@ -275,6 +275,8 @@ CASES: list[Case] = [
     Case("model: its tokenizer is a link to another place", linked("tokenizer.json"), "is a link that leads out"),
     Case("model: it asks for code of its own", changed_model(
         model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), r"config.json cannot be used", library=True),
+    Case("model: it asks for a kernel of the hub", changed_model(_attn_implementation="someone/kernel"),
+         "is code on the hub"),
     Case("model: a billion layers", changed_model(num_hidden_layers=10**9), "num_hidden_layers"),
     Case("model: a shard that was cut off", cut_off, "is damaged", library=True),
     Case("texts: bytes that are no gzip", texts_of("x.jsonl.gz", b"PK\x03\x04 zip"), "cannot be read", library=True),
