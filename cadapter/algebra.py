@@ -166,7 +166,7 @@ def strength_transform(M: Tensor, t: float, where: str = "") -> Tensor:
     """
     M = M.double()
     if not math.isfinite(t):
-        raise UsageError(f"{_prefix(where)}the strength {t} is not a finite number.")
+        raise UsageError(f"{_prefix(where)}the strength {t} is not a finite number.\nGive one, such as 1, -1 or 0.5.")
     if not torch.isfinite(M).all():
         raise UsageError(f"{_prefix(where)}the adapter's factors are not finite numbers.")
     if t == 0:
@@ -274,6 +274,24 @@ def norms_from_gram(gram_A: Tensor, gram_B: Tensor, M: Tensor, scale: float) -> 
     radius = torch.linalg.eigvals(M).abs().amax(dim=-1)
     frobenius, spectral, radius = (torch.where(finite, norm, math.inf) for norm in (frobenius, spectral, radius))
     return frobenius, spectral, radius
+
+
+def smallest_singular_value(gram_A: Tensor, gram_B: Tensor, M: Tensor, scale: float) -> Tensor:
+    """``σ_min(I + W)`` of L layers from ``gram_A = A·Aᵀ``, ``gram_B = Bᵀ·B`` and ``M``: [L, r, r] → [L], at most 1.
+
+    With ``G = ZᵀZ`` the Gram matrix of ``Z = [B, Aᵀ]`` there is a Q with orthonormal columns and ``Z = Q·√G``. In its
+    basis W is ``s·√G·E·√G``, where E [2r, 2r] is the identity in its upper right [r, r] and zero elsewhere; orthogonal
+    to it ``I + W`` is the identity (H > 2r). For float64 on the CPU; a layer that is not finite gets 0.
+    """
+    finite = torch.isfinite(gram_A + gram_B + M).all(dim=(-2, -1))
+    gram_A, gram_B, M = (torch.where(finite[:, None, None], matrix, 0.0) for matrix in (gram_A, gram_B, M))
+    rank, product = M.shape[-1], M / scale  # A·B
+    gram = torch.cat([torch.cat([gram_B, product.mT], dim=-1), torch.cat([product, gram_A], dim=-1)], dim=-2)
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2) @ vectors.mT
+    W = scale * root[..., :rank] @ root[..., rank:, :]
+    smallest = torch.linalg.svdvals(_identity_like(W) + W)[..., -1].clamp_max(1)
+    return torch.where(finite, smallest, 0.0)
 
 
 def largest_eigenvalue(G: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from cadapter import __version__, terminal
 from cadapter.errors import CadapterError, Stopped
 
 COMMANDS = (
     "prepare",
+    "plan",
     "train",
     "eval",
     "generate",
@@ -27,9 +29,26 @@ COMMANDS = (
     "merge",
     "to-gguf",
     "schema",
+    "doctor",
 )
 """The commands, in the order of the help. Each is the function ``command`` of ``cadapter/commands/NAME.py``, with
 ``EXAMPLES`` beside it: the command lines that its help ends with."""
+
+PANELS = {
+    "Data and training": ("prepare", "plan", "train"),
+    "What an adapter does": ("eval", "generate", "inspect-norms"),
+    "Conversions": ("to-mult-lora", "to-add-lora", "merge", "to-gguf"),
+    "Around it": ("schema", "doctor"),
+}
+"""Where the help lists the commands."""
+
+EXIT_CODES = {
+    0: "done",
+    1: "the work failed, or a check that was asked for did not hold",
+    2: "wrong usage, a wrong config, or an input that cannot be used; nothing was written",
+    130: "interrupted",
+    143: "terminated, after saving",
+}
 
 PUBLISHED_SPELLINGS = ("--num_gpus", "--master_addr", "--resume_from_checkpoint")
 """Options of ``train`` as qlora-pipe-lite spelt them."""
@@ -42,6 +61,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback of
 
 _debug = False
 _ERRORS_OF_TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
+_WRONG_USAGE: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
+"""What Typer raises of a command line that it cannot read: of click, or of the click that it brings along."""
 
 
 def _examples(lines: Sequence[str]) -> str:
@@ -50,10 +73,44 @@ def _examples(lines: Sequence[str]) -> str:
     return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", "\\[") for line in lines)])
 
 
+def _exit_codes() -> str:
+    return "\n\n".join(["[bold]Exit codes[/bold]", *(f"{code}: {words}" for code, words in EXIT_CODES.items())])
+
+
+class _Program(TyperGroup):
+    """Typer's group of commands, whose errors of usage look like all others."""
+
+    def main(self, args: Any = None, prog_name: Any = None, complete_var: Any = None, *_: Any, **options: Any) -> Any:
+        """Run a command line; unless ``standalone_mode=False`` is given, end the process with its exit code."""
+        if not options.get("standalone_mode", True):
+            return super().main(args, prog_name, complete_var, **options)
+        try:
+            code = super().main(args, prog_name, complete_var, **{**options, "standalone_mode": False})
+        except typer.Abort:
+            sys.exit(1)
+        except _WRONG_USAGE as error:
+            _show_wrong_usage(error)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_wrong_usage(error: Any) -> None:
+    """Say what is wrong with a command line, how it is used, and where its help is."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return  # the help was shown
+    context = getattr(error, "ctx", None)
+    message = error.format_message().strip().replace("Value error, ", "")  # pydantic's word, in some versions of Typer
+    lines = [message if message.endswith((".", "?")) else f"{message}."]
+    if context is not None:
+        lines += [" ".join(context.get_usage().split()), f"See {context.command_path} --help."]
+    terminal.error("\n".join(lines))
+
+
 app = typer.Typer(
     name="cadapter",
+    cls=_Program,
     help="Train, measure and convert Control Adapters: one low-rank adapter that enhances and suppresses.",
-    epilog=_examples(["cadapter train config.toml", "cadapter eval config.toml"]),
+    epilog=_examples(["cadapter train config.toml", "cadapter eval config.toml"]) + "\n\n" + _exit_codes(),
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
@@ -152,7 +209,8 @@ def register(name: str, command: Callable[..., None], examples: Sequence[str]) -
     """Add ``command`` to the program as ``cadapter NAME``; its docstring, a paragraph at a time, is its help."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    app.command(name, help=text, epilog=_examples(examples))(_guarded(command))
+    panel = next((title for title, names in PANELS.items() if name in names), None)
+    app.command(name, help=text, epilog=_examples(examples), rich_help_panel=panel)(_guarded(command))
 
 
 for _name in COMMANDS:
@@ -174,9 +232,7 @@ def _as_spelt_here(arguments: Sequence[str]) -> list[str]:
 def main() -> NoReturn:
     """Run the program with the arguments of the process, and end the process."""
     sys.argv[1:] = _as_spelt_here(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without the character is no reason to fail
+    terminal.spell_what_streams_lack()
     try:
         app(prog_name="cadapter")
     except SystemExit as end:

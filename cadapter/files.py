@@ -1,6 +1,10 @@
 """Writing whole or not at all: everything is written beside its target, flushed, and renamed into place.
 
 And reading what strangers wrote: JSON of any shape, and directories whose links may lead anywhere.
+
+What a command makes (a directory, a GGUF file) replaces nothing without ``--force``. A report on something
+(``--json``, ``--plot``, ``--html``) is replaced, as other programs replace the file behind ``-o``, so that a command
+can be given again: :func:`check_report` before the work, :func:`write_report` after it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cadapter.errors import CannotWrite, UsageError
+from cadapter.terminal import note
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{8}")
 """The names that :func:`_sibling` gives."""
@@ -238,6 +243,43 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path`` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+STANDARD_OUTPUT = Path("-")
+"""Instead of the file of a JSON report: it is printed."""
+
+
+def check_report(output: Path | None) -> None:
+    """Make sure, before the work, that a report can be written to ``output``; None: none is asked for.
+
+    Raises:
+        UsageError: it is a directory, or its folder is not there and cannot be made.
+    """
+    if output is None or output == STANDARD_OUTPUT:
+        return
+    target = Path(os.path.abspath(output))
+    if target.is_dir():
+        raise UsageError(f"{output} is a directory.\nGive the name of a file.")
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(f"{output} cannot be written: {folder} is a file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{output} cannot be written: {os.strerror(errno.EACCES)} in {folder}.")
+
+
+def write_report(output: Path, content: str | bytes) -> None:
+    """Write a report to ``output``, whole or not at all, and say so; its folder is made, an older file replaced."""
+    write_bytes(output, content.encode("utf-8") if isinstance(content, str) else content)
+    note(f"Written: {output}")
+
+
+def write_json_report(output: Path, value: Any) -> None:
+    """:func:`write_report` of ``value`` as indented JSON; "-" prints it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if output == STANDARD_OUTPUT:
+        print(text, end="")
+    else:
+        write_report(output, text)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 _SHOW_AFTER_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 5.0
 _UNLIMITED_WIDTH = 10_000
+
+_SPELLINGS = str.maketrans({
+    "‖": "||", "−": "-", "–": "-", "—": "-", "·": "*", "×": "x", "√": "sqrt ", "≥": ">=", "≤": "<=", "≲": "<~",
+    "±": "+/-", "→": "->", "…": "...", "∞": "inf", "∥": "||", "α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps",
+    "λ": "lambda",
+    "ρ": "rho", "σ": "sigma", "Σ": "Sum", "Δ": "Delta", "₀": "0", "₁": "1", "₂": "2", "²": "^2", "³": "^3", "½": "1/2",
+    "ᵀ": "^T", "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " ",
+})  # fmt: skip
+"""What is written for a character that a stream's encoding lacks; "?" for any other."""
+
+_ENCODING_ERRORS = "cadapter-spelling"
 
 Advance = Callable[..., None]
 """``advance(n=1)``: n more units of the work are done."""
@@ -44,6 +57,39 @@ def console(stderr: bool = False, width: int | None = None) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+def can_redraw(screen: Console) -> bool:
+    """Whether what was printed on ``screen`` can be drawn over: it is a terminal, and not a dumb one."""
+    return screen.is_terminal and not screen.is_dumb_terminal
+
+
+def spelt(text: str, encoding: str) -> str:
+    """``text`` with words for what ``encoding`` lacks: "‖W‖₂" becomes "||W||2"."""
+    return text.encode(encoding, _ENCODING_ERRORS).decode(encoding)
+
+
+def without_controls(text: str) -> str:
+    """``text`` with "�" for whatever could steer a terminal: a model may write anything. Line breaks and tabs stay."""
+    return "".join("�" if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    words = (letter.translate(_SPELLINGS) for letter in missing)
+    return "".join(word if word.isascii() else "?" for word in words), error.end
+
+
+codecs.register_error(_ENCODING_ERRORS, _spell)
+
+
+def spell_what_streams_lack() -> None:
+    """Have standard output and standard error write words for characters that their encoding lacks, and never fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ENCODING_ERRORS)
 
 
 def note(text: str) -> None:
@@ -103,7 +149,7 @@ def progress(description: str, total: float | None = None, unit: str = "") -> Ab
     if _quiet:
         return _silent()
     for stderr in (False, True):
-        if console(stderr).is_terminal:
+        if can_redraw(console(stderr)):
             return _bar(console(stderr), description, total, unit)
     return _lines(description, total, unit)
 

@@ -224,6 +224,22 @@ def test_norms_from_gram_equal_the_full_matrix():
             assert norm[i].item() == pytest.approx(expected[name], rel=1e-10)
 
 
+def test_the_smallest_singular_value_equals_that_of_the_full_matrix():
+    """Of random layers of any size, of W = 0, and of I − u·uᵀ, which is singular."""
+    layers = [*(random_factors(seed, 0.3 + seed) for seed in range(4)), random_factors(7, 1e-9)]
+    layers.append(rank_one(-1.0))
+    for A, B, scale in layers:
+        M = algebra.core(A, B, scale)
+        found = algebra.smallest_singular_value((A @ A.T)[None], (B.T @ B)[None], M[None], scale)
+        full = naive.full_matrix(A, B, scale)
+        sigma = torch.linalg.svdvals(torch.eye(len(full), dtype=torch.float64) + full).min().item()
+        # √G of a singular G is exact to the root of the precision (1.5e-8) times the size of its factors.
+        assert found.item() == pytest.approx(sigma, abs=1e-6)
+    nothing = torch.zeros(1, RANK, RANK, dtype=torch.float64)
+    assert algebra.smallest_singular_value(nothing, nothing, nothing, 0.5).item() == 1
+    assert algebra.smallest_singular_value(nothing, nothing / 0, nothing, 0.5).item() == 0
+
+
 def test_norms_from_gram_of_zero_and_of_broken_layers():
     A, B, scale = random_factors(13)
     gram_A = torch.stack([A @ A.T, A @ A.T, torch.full((RANK, RANK), math.inf, dtype=torch.float64)])

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from cadapter.errors import UsageError
-from cadapter.files import new_directory, new_file, tidy, write_text
+from cadapter.files import (
+    STANDARD_OUTPUT,
+    check_report,
+    new_directory,
+    new_file,
+    tidy,
+    write_json_report,
+    write_report,
+    write_text,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -105,3 +114,42 @@ def test_only_leftovers_are_tidied(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*kept, "text"])
     assert (tmp_path / "text").read_text() == "whole"
     assert tidy(tmp_path / "missing") == []
+
+
+def test_a_report_makes_its_folder_replaces_an_older_one_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "folder" / "report.html"
+    for text in ("first", "second"):
+        check_report(file)
+        write_report(file, text)
+        assert file.read_text() == text
+    assert names(file.parent) == ["report.html"]
+    write_report(tmp_path / "picture.png", b"\x89PNG")
+    assert (tmp_path / "picture.png").read_bytes() == b"\x89PNG"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"Written: {file}"] * 2 + [f"Written: {tmp_path / 'picture.png'}"]
+    write_json_report(tmp_path / "x.json", {"ü": 1})
+    write_json_report(STANDARD_OUTPUT, {"ü": 1})
+    text = (tmp_path / "x.json").read_text("utf-8")
+    assert capsys.readouterr().out == f"Written: {tmp_path / 'x.json'}\n{text}"
+    assert '"ü"' in text
+
+
+def test_where_no_report_can_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, message in (("", "is a directory"), ("file/x", "is a file"), ("file/x/y", "is a file")):
+        with pytest.raises(UsageError, match=message):
+            check_report(tmp_path / place)
+    check_report(None)
+    check_report(STANDARD_OUTPUT)
+    check_report(tmp_path / "a" / "b" / "c")
+    assert names(tmp_path) == ["file"]  # looking leaves nothing behind
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="Permission denied"):
+        check_report(tmp_path / "report.html")
+    tmp_path.chmod(0o700)

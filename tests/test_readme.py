@@ -28,7 +28,7 @@ from cadapter.errors import UsageError
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [
     *DOCUMENTS,
     ROOT / "CHANGELOG.md",
@@ -89,7 +89,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("documented")
     make_model(root / "base", layers=2, hidden=32)
     (root / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for file, kind in (("good", "positive"), ("bad", "negative")):
+    for file, kind in (("good", "positive"), ("bad", "negative"), ("neutral", "neutral")):
         write_jsonl(root / f"{file}.jsonl", texts(kind, 24))
     (root / "question.txt").write_text("What is best?\n", encoding="utf-8")
     (root / "config.toml").write_text(config_for_here(), encoding="utf-8")
@@ -217,7 +217,7 @@ def test_options_that_the_pages_name_exist() -> None:
             known.update(getattr(parameter, "opts", []))
     foreign = {
         "--all", "--memory-megabytes", "--nproc-per-node", "--shape", "--variant", "--lora", "--lora-scaled",
-        "--settings", "--steps", "--table",
+        "--settings", "--steps", "--table", "--logdir",
     }  # fmt: skip
     for page in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text("utf-8")))

@@ -40,9 +40,10 @@ def builder(
     recompute_every: int = 0,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
+    device: str = "cpu",
 ) -> StageBuilder:
     """A builder of a model's pipeline layers; ``recompute_every`` 0: nothing is recomputed, n: every nth block."""
-    model = CausalLM(directory, dtype, attention=attention)
+    model = CausalLM(directory, dtype, device, attention)
     return StageBuilder(model, ControlMode(model, adapted, settings), carrier, Recompute(recompute_every))
 
 
@@ -65,7 +66,7 @@ def randomise(adapters: Sequence[ControlAdapter], spectral: float = 0.5) -> None
     """Give each adapter a random B for which ‖W‖₂ = ``spectral``: a function of the layer alone."""
     for adapter in adapters:
         B = torch.randn(adapter.control_B.shape, generator=torch.Generator().manual_seed(50 + adapter.layer))
-        size = torch.linalg.matrix_norm(adapter.settings.scale * B @ adapter.control_A.detach(), 2)
+        size = torch.linalg.matrix_norm(adapter.settings.scale * B @ adapter.control_A.detach().cpu(), 2)
         adapter.control_B.data.copy_(spectral / size * B)
 
 

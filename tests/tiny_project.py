@@ -179,10 +179,10 @@ def run_well(*arguments: object, **options: Any) -> subprocess.CompletedProcess[
     return done
 
 
-def metrics(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that hold ``train/…`` (or ``eval/…``) numbers."""
+def metrics(directory: Path, kind: str = "train", name: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold ``train/…`` (or ``eval/…``) numbers, or the key ``name``."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line for line in lines if f"{kind}/loss" in line]
+    return [line for line in lines if (name or f"{kind}/loss") in line]
 
 
 def listing(root: Path) -> dict[str, tuple[int, int]]:

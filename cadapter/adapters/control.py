@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cadapter.adapters.dropout import keep_mask
 from cadapter.algebra import core, exact_inverse, neumann_inverse
 from cadapter.classes import NEGATIVE, NEUTRAL, POSITIVE
-from cadapter.errors import CadapterError
+from cadapter.errors import CadapterError, UsageError
 from cadapter.models.families import MODULES, Family
 
 SITES = ("block", "mlp", "writes")
@@ -277,6 +277,10 @@ class _Tap(nn.Module):
         """Give what only the module has, such as its weights."""
         return attribute_of(self, "module", name, super().__getattr__)
 
+    def serves(self, adapter: ControlAdapter) -> bool:
+        """Whether it is there for ``adapter``."""
+        return self._adapter[0] is adapter
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Note what is written, or change it, as the site says."""
         output = self.module(*args, **kwargs)
@@ -291,6 +295,20 @@ class _Tap(nn.Module):
             return output
         changed = written + _change(adapter, state, written, self.place, written.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def repeats_of(rows: int, strengths: int) -> int:
+    """How many rows of a batch follow one another for each of so many strengths.
+
+    Raises:
+        UsageError: the batch cannot be divided so.
+    """
+    if rows % strengths:
+        raise UsageError(
+            f"The batch has {rows} rows, and strengths were set for {strengths}.\n"
+            "Set one strength for each row, or one for all."
+        )
+    return rows // strengths
 
 
 def attribute_of(module: nn.Module, wrapped: str, name: str, usual: Callable[[str], Any]) -> Any:
@@ -337,12 +355,20 @@ class ControlledBlock(nn.Module):
         self.residual_scale = residual_scale
         self.sums_branches = family.added is not None
         self.fixed: Sequence[Transform] | None = None
+        self._fixed_codes = torch.full((1,), POSITIVE)
         self._current = _Current()
         seen = family.added if adapter.settings.site == "block" else MODULES
-        while isinstance(block, ControlledBlock):  # adapters around adapters: taps stand around taps
-            block = block.block
+        block = innermost(block)  # adapters around adapters: taps stand around taps
         for place, name in enumerate(seen or ()):
             setattr(block, name, _Tap(getattr(block, name), place, adapter, self._current))
+
+    def remove(self) -> nn.Module:
+        """Take the adapter's taps out of the block and return it as it was; of several adapters the outermost first."""
+        block = innermost(self.block)
+        for name, module in list(block.named_children()):
+            if isinstance(module, _Tap) and module.serves(self.adapter):
+                setattr(block, name, module.module)
+        return self.block
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the block has, such as the ``attention_type`` that some models read from their layers."""
@@ -353,12 +379,26 @@ class ControlledBlock(nn.Module):
         """How often the adapter acts in one pass through the block."""
         return 2 if self.adapter.settings.site == "writes" else 1
 
-    def fix(self, transforms: Sequence[Transform]) -> None:
+    def fix(self, transforms: Sequence[Transform], codes: Tensor | None = None) -> None:
         """Apply ``transforms`` from now on when the block is called as a plain block, as generation does.
 
-        Every position then has the code of class +1. No transforms: the bare block.
+        Args:
+            transforms: by code; none: the bare block.
+            codes: [rows], of each row of the batch; None: every position of every row has the code of class +1. A
+                batch that is k times as large has k rows for each, one after the other, as ``generate`` makes them.
         """
         self.fixed = transforms
+        self._fixed_codes = torch.full((1,), POSITIVE) if codes is None else codes
+
+    def _fixed_for(self, hidden: Tensor) -> tuple[Tensor, Sequence[Transform]]:
+        """Codes [rows, 1] and transforms where ``hidden`` [rows, T, H] is; they stay there for the next call."""
+        codes, device = self._fixed_codes, hidden.device
+        if codes.device != device or any(T is not None and T.device != device for _, T in self.fixed or ()):
+            self.fixed = [(code, None if T is None else T.to(device)) for code, T in self.fixed or ()]
+            self._fixed_codes = codes = codes.to(device)
+        if len(codes) > 1:
+            codes = codes.repeat_interleave(repeats_of(len(hidden), len(codes)))
+        return codes.unsqueeze(1), self.fixed or ()
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Call the block as it would be called without an adapter; the transforms are those of :meth:`fix`."""
@@ -366,8 +406,9 @@ class ControlledBlock(nn.Module):
             raise CadapterError(f"The adapter of layer {self.adapter.layer} was called before its strength was set.")
         if not self.fixed:  # the base, bit for bit
             return self.block(hidden, *args, **kwargs)
-        codes = torch.full((1, 1), POSITIVE, dtype=torch.int8, device=hidden.device)
-        return self.controlled(hidden, codes, self.fixed, args=args, kwargs=kwargs)[0]
+        hidden = hidden.to(self.adapter.place.device)  # where a model lies on several devices
+        codes, transforms = self._fixed_for(hidden)
+        return self.controlled(hidden, codes, transforms, args=args, kwargs=kwargs)[0]
 
     def controlled(
         self,
@@ -403,6 +444,13 @@ class ControlledBlock(nn.Module):
                 delta = output.float() - hidden.float()
             output = output + _change(self.adapter, state, delta, 0, output.dtype)
         return output, state.penalty
+
+
+def innermost(module: Any) -> Any:
+    """What control adapters stand around: a block, or a module of one."""
+    while isinstance(module, (ControlledBlock, _Tap)):
+        module = module.block if isinstance(module, ControlledBlock) else module.module
+    return module
 
 
 def sum_of(written: Sequence[Tensor]) -> Tensor:

@@ -40,6 +40,8 @@ LEAST_ORTHONORMAL = 1e-3
 _CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.([0-9]{1,9})\.control_([ABQS])(?:\.weight)?")
 _SHAPES = {"A": ("r", "hidden size"), "B": ("hidden size", "r"), "Q": ("hidden size", "r"), "S": ("r",)}
 
+_REMEDY = "Give the directory of an adapter, such as RUN/final."
+
 Kind = Literal["control", "multiplicative", "additive"]
 
 
@@ -98,7 +100,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a directory.\nGive the directory of an adapter.")
     file = path / CONFIG_NAME
     if not file.is_file():
-        raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.")
+        raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.\n{_REMEDY}")
     refuse_links_out(path, (CONFIG_NAME, WEIGHTS_NAME))
     config = read_json(file)
     if not isinstance(config, dict):
@@ -115,7 +117,7 @@ def _weights_file(path: Path) -> Path:
             f"{path} holds pickled weights (adapter_model.bin), and unpickling a file can run any code.\n"
             f"Convert them to {WEIGHTS_NAME} with the program that wrote them."
         )
-    raise UsageError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}.")
+    raise UsageError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}.\n{_REMEDY}")
 
 
 def adapter_keys(path: Path) -> list[str]:
@@ -129,7 +131,7 @@ def adapter_keys(path: Path) -> list[str]:
         with safe_open(file, framework="pt") as weights:
             return list(weights.keys())
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} is damaged: {error}.") from error
+        raise UsageError(f"{file} is damaged: {error}.\nCopy or download it again.") from error
 
 
 def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
@@ -144,7 +146,7 @@ def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
             for name in weights.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                 tensors[name] = weights.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} is damaged: {error}.") from error
+        raise UsageError(f"{file} is damaged: {error}.\nCopy or download it again.") from error
     if not tensors:
         raise UsageError(f"{file} holds no tensors.")
     for name, tensor in tensors.items():
@@ -330,7 +332,7 @@ def read_control_adapter(path: Path) -> ControlAdapterFiles:
     if kind_of(path) != "control":
         raise UsageError(
             f"{path} is not a control adapter: {WEIGHTS_NAME} has no control_A and control_B tensors, nor control_Q "
-            "and control_S."
+            "and control_S.\nGive a control adapter; LoRAs are for cadapter merge, and for peft."
         )
     file, form = path / CONFIG_NAME, _form_of(path, config)
     rank = positive_number(config, "r", file)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from torch import Tensor
 
 from cadapter.adapters.control import ControlAdapter, ControlSettings, Transform
 from cadapter.adapters.directory import ControlAdapterFiles
-from cadapter.adapters.factors import named
+from cadapter.adapters.factors import FORMS, Factors, named
 from cadapter.algebra import neumann_remainder
+from cadapter.errors import UsageError
 
 
 def native_settings(files: ControlAdapterFiles) -> ControlSettings:
@@ -23,6 +25,12 @@ def load_factors(adapter: ControlAdapter, files: ControlAdapterFiles) -> None:
         adapter.get_parameter(name).data.copy_(tensor)
 
 
+def factors_of(adapter: ControlAdapter) -> Factors:
+    """The factors of ``adapter`` as they are now, on the CPU."""
+    kind = FORMS[adapter.settings.form]
+    return kind(**{each.name: adapter.get_parameter(f"control_{each.name}").detach().cpu() for each in fields(kind)})
+
+
 def layer_transform(files: ControlAdapterFiles, layer: int, t: float) -> Tensor | None:
     """Return the T of ``(I + W)^t = I + s·B·T·A`` in float32, as :class:`ControlAdapter` takes it.
 
@@ -33,13 +41,30 @@ def layer_transform(files: ControlAdapterFiles, layer: int, t: float) -> Tensor 
     return None if power is None else power.float()
 
 
-def strength_table(files: ControlAdapterFiles, layer: int, strengths: Sequence[float]) -> list[Transform]:
-    """Return the transforms of one layer, code k for the k-th strength; strength 0 needs none.
+def strength_tables(files: ControlAdapterFiles, strengths: Sequence[float]) -> dict[int, list[Transform]]:
+    """Return the transforms of each layer, code k for the k-th strength; strength 0 needs none.
 
     Raises:
-        UsageError: a strength does not exist for this layer, which is named.
+        UsageError: a strength does not exist for a layer, which is named.
     """
-    return [(code, layer_transform(files, layer, t)) for code, t in enumerate(strengths) if t != 0]
+    return {
+        layer: [(code, layer_transform(files, layer, t)) for code, t in enumerate(strengths) if t != 0]
+        for layer in files.layers
+    }
+
+
+def existing_strengths(files: ControlAdapterFiles, strengths: Sequence[float]) -> tuple[list[float], str | None]:
+    """Return those of ``strengths`` that exist for every layer, and what is wrong with the first other one."""
+    found, wrong = [], None
+    for t in strengths:
+        try:
+            for layer in files.layers:
+                if t != 0:
+                    layer_transform(files, layer, t)
+            found.append(t)
+        except UsageError as error:
+            wrong = wrong or str(error)
+    return found, wrong
 
 
 def neumann_note(files: ControlAdapterFiles, strengths: Sequence[float]) -> str | None:

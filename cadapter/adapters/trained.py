@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cadapter.adapters.guidelines import Guideline
+
 
 @dataclass(frozen=True)
 class Norms:
@@ -22,6 +24,7 @@ class Norms:
         decayed: ‖W‖_F before the weight decay minus after.
         radius: ρ(W), where W is square; else empty.
         bounded: for how many of them the decay's bound acted.
+        guideline: what decides whether W can be inverted as it is trained; None where nothing is inverted.
     """
 
     frobenius: Tensor
@@ -29,6 +32,7 @@ class Norms:
     decayed: Tensor
     radius: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     bounded: int = 0
+    guideline: Guideline | None = None
 
     def metrics(self) -> dict[str, float]:
         """The numbers of a step under the names of metrics.jsonl."""

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from cadapter.adapters.control import ControlAdapter, ControlSettings
+from cadapter.adapters.guidelines import SMALLEST_SIGMA, Guideline, frobenius_limit
 from cadapter.adapters.trained import Norms
-from cadapter.algebra import core, decay_, norms_from_gram, orthonormalising, symmetric_decay
+from cadapter.algebra import (
+    core,
+    decay_,
+    norms_from_gram,
+    orthonormalising,
+    smallest_singular_value,
+    symmetric_decay,
+)
+
+SMALL_SPECTRAL = 0.5
+"""Up to this ‖W‖₂, ``σ_min(I + W) ≥ 1 − ‖W‖₂`` says enough, and the singular values themselves are not worked out."""
 
 
 class TrainedControlAdapters:
@@ -93,7 +104,7 @@ class TrainedControlAdapters:
 
     def _decay(self, A: Tensor, B: Tensor, lr: float) -> Tensor:
         """Decay the general form, ``A`` and ``B`` as well as the parameters; returns where the bound acted [L]."""
-        if not self.decay:
+        if not self.decay * lr:  # a skipped step: what is not finite times nothing would be NaN
             return A.new_zeros(len(A), dtype=torch.float64)
         scale = self.settings.scale
         coefficient, _, _ = decay_(A, B, scale, lr * self.decay)
@@ -116,4 +127,22 @@ class TrainedControlAdapters:
         gram_A, gram_B, M = (report[:, k * squares : (k + 1) * squares].unflatten(1, (rank, rank)) for k in range(3))
         frobenius, spectral, radius = norms_from_gram(gram_A, gram_B, M, scale)
         before = scale * report[:, -2].clamp_min(0).sqrt()
-        return Norms(frobenius, spectral, before - frobenius, radius, int(report[:, -1].sum()))
+        if self.settings.inverse == "neumann":
+            guideline = self._of_series(frobenius, radius)
+        else:
+            sigma = 1 - spectral
+            large = ~(spectral <= SMALL_SPECTRAL)
+            if large.any():
+                sigma[large] = smallest_singular_value(gram_A[large], gram_B[large], M[large], scale)
+            worst = int(sigma.argmin())
+            name, value = "σ_min(I+W)", sigma[worst].item()
+            guideline = Guideline(name, value, SMALLEST_SIGMA, self.layers[worst], True, not large[worst])
+        bounded = int(report[:, -1].sum())
+        return Norms(frobenius, spectral, before - frobenius, radius, bounded, guideline)
+
+    def _of_series(self, frobenius: Tensor, radius: Tensor) -> Guideline:
+        """What the Neumann series asks for: ρ(W) below 1, without which it diverges, and ‖W‖_F ≤ 0.25·√r."""
+        diverging, largest = int(radius.argmax()), int(frobenius.argmax())
+        if not radius[diverging] < 1:
+            return Guideline("ρ(W)", radius[diverging].item(), 1.0, self.layers[diverging])
+        return Guideline("‖W‖_F", frobenius[largest].item(), frobenius_limit(self.settings.rank), self.layers[largest])

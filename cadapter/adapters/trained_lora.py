@@ -79,7 +79,7 @@ class TrainedLora:
         B = torch.stack([B for _, B in views]).float()  # [pairs, E, out, r]
         scale = self.settings.scale
         before, bounded = None, A.new_zeros(len(pairs), dtype=torch.float64)
-        if self.decay > 0:
+        if self.decay * lr > 0:  # not in a skipped step: what is not finite times nothing would be NaN
             coefficient, gram_A, gram_B = decay_(A, B, scale, lr * self.decay)
             before = _frobenius(gram_A, gram_B, scale)
             bounded = (coefficient < lr * self.decay * scale**2 * (1 - 1e-6)).any(dim=1).double()

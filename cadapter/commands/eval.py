@@ -1,4 +1,4 @@
-"""``cadapter eval``: does the adapter steer, and at what cost?"""
+"""``cadapter eval``: does the adapter steer, at which strength, and at what cost?"""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import typer
 
 if TYPE_CHECKING:
     from cadapter.config import Config
+    from cadapter.steering.report import Report
+    from cadapter.steering.sampling import Sampled
     from cadapter.training.evaluation import Evaluation
 
 EXAMPLES = (
     "cadapter eval config.toml",
-    "cadapter eval config.toml --adapter run/epoch1 --strength 0.5 --strength -0.5 --json scores.json",
+    "cadapter eval config.toml --html report.html --neutral neutral.jsonl",
+    "cadapter eval config.toml --strength -1:1:0.5 --data good.jsonl:1 --json scores.json",
 )
+
+SAMPLES, SAMPLE_TOKENS = 8, 64
+"""How many texts of how many tokens a steering report holds for each strength."""
+
+_TEXTS = "Which texts"
+_REPORT = "The report"
 
 
 def command(
@@ -29,17 +38,19 @@ def command(
         ),
     ] = None,
     strength: Annotated[
-        list[float] | None,
-        typer.Option(help="Apply (I + W)^T; can be given repeatedly. Default: 1 and -1.", show_default=False),
-    ] = None,
-    data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE:CLASS",
-            help="Evaluate these texts instead of the run's held-out ones; can be given repeatedly.",
+            metavar="T|FROM:TO:STEP",
+            help="Apply (I + W)^T; can be given repeatedly. Default: 1 and -1, or a sweep.",
+            show_default=False,
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.")] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="A steering report: strengths -2 to 2 in steps of 0.5 unless named, and sampled texts."
+        ),
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config.")
     ] = None,
@@ -47,54 +58,192 @@ def command(
         int | None,
         typer.Option(help="Processes: all visible GPUs by default; without GPUs one.", show_default=False),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE:CLASS",
+            help="Evaluate these texts instead of the run's held-out ones; can be given repeatedly.",
+            rich_help_panel=_TEXTS,
+        ),
+    ] = None,
+    neutral: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts that the adapter should leave alone, beside the others: KL on them is the cost of a strength. "
+            "Default: those of class 0.",
+            show_default=False,
+            rich_help_panel=_TEXTS,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page with curves, norms and sampled texts, over an older file; means --sweep.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the numbers as JSON, over an older file; - prints them instead of the tables.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="The best strength is that of the largest contrast with a KL on neutral text of at most X nats a "
+            "token. Default: 0.1.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Sample N texts a strength, from the beginnings of scored documents. Default: {SAMPLES} with "
+            "--sweep, else none.",
+            min=0,
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    sample_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Length of a sampled text.", min=1, rich_help_panel=_REPORT)
+    ] = SAMPLE_TOKENS,
 ) -> None:
     """Score held-out documents with the base model and with the adapter at each strength.
 
-    Every document is scored alone: loss (mean over documents of the mean per token, in nats) with its standard error,
-    perplexity, top-1 accuracy, and KL(base || adapted). Strength 1 is class +1, -1 its exact inverse. With documents
-    of both classes the contrast of each pair of strengths says whether the adapter tells the classes apart.
+    Every document is scored alone: loss (mean over documents of the mean per token, in nats) and perplexity with
+    standard errors, top-1 accuracy, agreement with the base's most probable token, and KL(base || adapted). Strength 1
+    is class +1, -1 its exact inverse. With documents of both classes the contrast of each pair of strengths says
+    whether the adapter tells the classes apart, and the strength with the best contrast within a KL budget is named.
+
+    --sweep and --html compare more strengths and sample texts: how much they repeat themselves, and how many end.
     """
     from cadapter.config import load_config
     from cadapter.errors import UsageError
+    from cadapter.files import STANDARD_OUTPUT, check_report
+    from cadapter.steering.sweep import strengths_of
+    from cadapter.terminal import set_quiet
     from cadapter.training.launch import LaunchOptions, relaunched
     from cadapter.training.run_directory import adapter_of_run
 
     settings = load_config(config, overrides or ())
     texts = tuple(_file_and_class(each) for each in data or ())
+    strengths = strengths_of(strength) if strength else None
+    if kl_budget is not None and not (math.isfinite(kl_budget) and kl_budget > 0):
+        raise UsageError(f"--kl-budget {kl_budget:g}: give a number above 0.")
     directory = adapter or adapter_of_run(Path(settings.output_dir))
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}.")
+    for file in (html, json_file):
+        check_report(file)
+    if json_file == STANDARD_OUTPUT:
+        set_quiet(True)  # nothing else may stand beside the numbers
     code = relaunched(LaunchOptions(num_gpus=num_gpus), settings.pipeline_stages, sys.argv[1:])
     if code is not None:
         raise typer.Exit(code)
 
-    from cadapter.files import write_json
-    from cadapter.terminal import note, warn
+    from cadapter.terminal import warn
     from cadapter.training.evaluation import EvalOptions, evaluate
 
-    result = evaluate(settings, EvalOptions(directory, tuple(strength) if strength else None, texts))
+    sweep = sweep or html is not None
+    result = evaluate(settings, EvalOptions(directory, strengths, sweep, texts, neutral))
     if result is None:
         return
-    note(f"Adapter: {directory}")
-    if result.note:
-        warn(result.note)
-    _show(result)
-    if json_file:
-        records = [score.to_json() for score in result.scores] + [pair.to_json() for pair in result.contrasts]
-        write_json(json_file, records)
-        note(f"Written: {json_file}")
-    note(f"Next: {_next(settings, directory)}")
+    for said in result.notes:
+        warn(said)
+    count = samples if samples is not None else SAMPLES if sweep else 0
+    sampled = _sampled(settings, directory, result, count, sample_tokens) if count else None
+    _tell(_report(config, settings, directory, result, sampled, sweep, kl_budget), json_file, html)
+    _note_next(settings, directory)
 
 
-def _next(settings: Config, directory: Path) -> str:
-    """What to do with what was evaluated."""
+def _sampled(settings: Config, directory: Path, result: Evaluation, count: int, tokens: int) -> Sampled | None:
+    """Texts at each strength; where there can be none, the user is told why."""
+    from cadapter.errors import CadapterError
+    from cadapter.models.generation import Sampling
+    from cadapter.steering.sampling import prompts_of, reason_not_to_sample, sample
+    from cadapter.terminal import progress, warn
+
+    prompts = prompts_of(result.documents, count)
+    reason = reason_not_to_sample(settings, result.stages) if prompts else "no document is long enough for a prompt"
+    if reason is None:
+        try:
+            with progress("sampling", total=tokens * len(result.strengths), unit="tokens") as advance:
+                return sample(settings, directory, result.strengths, prompts, Sampling(tokens), advance)
+        except CadapterError as error:
+            reason = str(error)
+    warn(f"No texts are sampled: {reason.removesuffix('.')}.")
+    return None
+
+
+def _report(
+    config: Path,
+    settings: Config,
+    directory: Path,
+    result: Evaluation,
+    sampled: Sampled | None,
+    sweep: bool,
+    kl_budget: float | None,
+) -> Report:
+    from cadapter.adapters.directory import CONFIG_NAME, kind_of, read_control_adapter
+    from cadapter.convert.norms import measure, verdict
+    from cadapter.steering.choosing import KL_BUDGET, choose
+    from cadapter.steering.report import Report, remarks_of
+
+    is_control = (directory / CONFIG_NAME).is_file() and kind_of(directory) == "control"
+    files = read_control_adapter(directory) if sweep and is_control else None
+    norms = measure(files) if files else {}
+    return Report(
+        config=config,
+        base=settings.model_dir,
+        subject=directory,
+        evaluation=result,
+        choice=choose(result.contrasts, result.leans, result.costs, kl_budget or KL_BUDGET) if is_control else None,
+        sampled=sampled,
+        adapter=files,
+        norms=norms,
+        verdict=tuple(verdict(files, norms)) if files else (),
+        remarks=tuple(remarks_of(result)),
+    )
+
+
+def _tell(report: Report, json_file: Path | None, html: Path | None) -> None:
+    from cadapter.files import STANDARD_OUTPUT, write_json_report, write_report
+    from cadapter.steering.page import page
+    from cadapter.steering.report import as_json
+    from cadapter.steering.tables import show
+    from cadapter.terminal import note
+
+    if json_file != STANDARD_OUTPUT:
+        note(f"Adapter: {report.subject}")
+        show(report)
+    if json_file is not None:
+        write_json_report(json_file, as_json(report))
+    if html is not None:
+        write_report(html, page(report))
+
+
+def _note_next(settings: Config, directory: Path) -> None:
+    """Say what to do with what was evaluated."""
     from cadapter.adapters.directory import CONFIG_NAME, kind_of
+    from cadapter.terminal import note
 
+    chat = " --chat" if settings.has_chats else ""
     if not (directory / CONFIG_NAME).is_file():
-        return f"cadapter generate {directory} PROMPT"
-    if kind_of(directory) == "control":
-        return f"cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare"
-    return f"cadapter merge {settings.model_dir} {directory} OUTPUT"
+        note(f"Next: cadapter generate {directory} PROMPT{chat}")
+    elif kind_of(directory) == "control":
+        note(f"Next: cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare{chat}")
+    else:
+        note(f"Next: cadapter merge {settings.model_dir} {directory} OUTPUT")
 
 
 def _file_and_class(text: str) -> tuple[str, int]:
@@ -104,46 +253,3 @@ def _file_and_class(text: str) -> tuple[str, int]:
     if not path or number not in ("1", "+1", "-1", "0"):
         raise UsageError(f"--data {text}: give FILE:CLASS with class 1, -1 or 0, such as --data good.jsonl:1.")
     return path, int(number)
-
-
-def _with_error(value: float, error: float) -> str:
-    """A mean with its standard error, which a single document does not have."""
-    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
-
-
-def _show(result: Evaluation) -> None:
-    from cadapter.terminal import note, table
-
-    rows = [
-        [
-            score.dataset,
-            f"{score.control_class:+d}" if score.control_class else "0",
-            "base" if score.strength == 0 else f"{score.strength:+g}",
-            _with_error(score.loss, score.loss_se),
-            f"{score.perplexity:.3f}",
-            f"{100 * score.top1_accuracy:.2f} %",
-            f"{score.kl:.5f}",
-            f"{score.documents:,}",
-            f"{score.tokens:,}",
-        ]
-        for score in result.scores
-    ]
-    columns = [
-        "dataset",
-        "class",
-        "strength",
-        "loss, nats",
-        "perplexity",
-        "top-1",
-        "KL from base",
-        "documents",
-        "tokens",
-    ]
-    table("Loss by dataset and strength", columns, rows)
-    for pair in result.contrasts:
-        note(
-            f"Contrast at ±{pair.strengths[0]:g}: {_with_error(pair.contrast, pair.contrast_se)} nats per token; "
-            f"{100 * pair.sign_share:.1f} % of documents are told by their lower loss (chance: 50 %)."
-        )
-    if result.skipped:
-        note(f"{result.skipped} documents hold no token to score and are left out.")

@@ -85,6 +85,7 @@ def command(
     """
     from cadapter.errors import UsageError
     from cadapter.models.generation import Sampling
+    from cadapter.terminal import note
 
     if adapter is None and (compare or strength is not None):
         raise UsageError("--strength and --compare are for an adapter.\nGive its directory: --adapter DIR.")
@@ -94,6 +95,18 @@ def command(
     text = _prompt_or_input(prompt)
     strengths = COMPARED if compare else (1.0 if strength is None else strength,)
     _show(text, _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device)))
+    note(f"--- next ---\n{_next_command(model, adapter, strengths)}")  # a heading, as texts have: not part of one
+
+
+def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...]) -> str:
+    """After the base its training, after one strength all three, after these a model that has one in its weights."""
+    import shlex
+
+    if adapter is None:
+        return "cadapter train config.toml"
+    if len(strengths) > 1:
+        return shlex.join(["cadapter", "merge", model, str(adapter), "merged"])
+    return shlex.join(["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"])
 
 
 def _continuations(

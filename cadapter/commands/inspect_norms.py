@@ -35,11 +35,19 @@ def command(
     adapter: AdapterArgument,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the numbers as JSON; - prints them instead of the table."),
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the numbers as JSON, over an older file; - prints them instead of the table.",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw norms by layer and the singular values of W.", show_default=False),
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw norms by layer and the singular values of W, over an older file.",
+            show_default=False,
+        ),
     ] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="X", help="Exit with 1 when a layer's spectral norm ‖W‖₂ exceeds X.")
@@ -50,33 +58,37 @@ def command(
     Everything is worked out at the adapter's rank, in float64. The symmetric form has one more column: how far its
     directions are from orthonormal.
     """
-    import json
+    import shlex
 
     from cadapter.adapters.directory import read_control_adapter
     from cadapter.convert.norms import measure, orthogonality, verdict
     from cadapter.convert.norms_plot import norms_picture
     from cadapter.errors import CheckFailed, UsageError
-    from cadapter.files import write_bytes, write_text
-    from cadapter.terminal import progress
+    from cadapter.files import STANDARD_OUTPUT, check_report, write_json_report, write_report
+    from cadapter.terminal import note, progress, set_quiet
 
     if fail_above is not None and not (math.isfinite(fail_above) and fail_above >= 0):
         raise UsageError(f"--fail-above {fail_above:g}: give a number of at least 0.")
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: the picture is a PNG; give a name that ends in .png.")
+    for file in (json_file, plot):
+        check_report(file)
+    if json_file == STANDARD_OUTPUT:
+        set_quiet(True)  # nothing else may stand beside the numbers
     control = read_control_adapter(adapter)
     with progress("measuring", total=len(control.layers), unit="layers") as advance:
         measured = measure(control, advance)
     sentences = verdict(control, measured)
     errors = orthogonality(control)
-    text = json.dumps(_as_json(control, measured, errors, sentences), indent=2, ensure_ascii=False) + "\n"
-    if str(json_file) == "-":
-        print(text, end="")
-    else:
-        if json_file is not None:
-            write_text(json_file, text)
+    if json_file != STANDARD_OUTPUT:
         _print_table(control, measured, errors, sentences)
+    if json_file is not None:
+        write_json_report(json_file, _as_json(control, measured, errors, sentences))
     if plot is not None:
-        write_bytes(plot, norms_picture(_title(control), measured))
+        write_report(plot, norms_picture(_title(control), measured))
+    model = control.base_model_name_or_path or "BASE"
+    words = ["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"]
+    note(f"Next: {shlex.join(words)}")
     above = [layer for layer, found in measured.items() if fail_above is not None and found.spectral > fail_above]
     if above:
         worst = max(above, key=lambda layer: measured[layer].spectral)

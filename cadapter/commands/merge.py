@@ -74,6 +74,7 @@ def command(
     The model is read and written shard by shard. What an adapter changes is worked out in float32 and rounded once;
     everything else is copied byte for byte. --inverse, --strength and --scale exclude one another.
     """
+    import shlex
     from functools import partial
 
     from cadapter.convert.fidelity import verdict
@@ -115,6 +116,7 @@ def command(
         chosen = writers.value if writers else None
         judge = partial(verdict, exact=recipe.exact, rounded_to=_less_than_float32(summary.dtypes), writers=chosen)
         show_fidelity(model, source, Checkpoint(output), rows, judge, device)
+    note(f'Next: cadapter generate {shlex.quote(str(output))} "Once upon a time"')
 
 
 def _less_than_float32(dtypes: set[str]) -> str | None:

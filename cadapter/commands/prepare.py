@@ -32,7 +32,7 @@ def command(
             metavar="N",
             min=0,
             show_default=False,
-            help="Leave out up to N records that cannot be used, and list them; without it the first is an error.",
+            help="Leave out up to N records that cannot be used, and list them; without it they are an error.",
         ),
     ] = 0,
     overrides: Annotated[
@@ -63,7 +63,7 @@ def command(
 
     settings = load_config(config, overrides or [])
     data = prepare_data(settings, force=force, skip_bad=skip_bad)
-    print_report(data, settings.mix_datasets)
+    print_report(data, settings)
     if show:
         show_sequences(data, show)
     for directory in dict.fromkeys(directory.parent for directory in data.directories):

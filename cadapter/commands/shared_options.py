@@ -49,11 +49,16 @@ WritersOption = Annotated[
         rich_help_panel="More",
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.", rich_help_panel="More")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace OUTPUT, if cadapter wrote it.", rich_help_panel="More")
+]
 
 
-def check_output(output: Path, force: bool, *inputs: str | Path) -> None:
-    """Refuse an output that exists, and with ``force`` one that is or holds an input.
+def check_output(output: Path, force: bool, *inputs: str | Path, gguf: bool = False) -> None:
+    """Refuse an output that exists; with ``force`` one that is or holds an input, or that cadapter did not write.
+
+    Args:
+        gguf: the output is a GGUF file, and no directory.
 
     Raises:
         UsageError: as said.
@@ -71,3 +76,7 @@ def check_output(output: Path, force: bool, *inputs: str | Path) -> None:
             )
         if target.exists() and source in target.parents:
             raise UsageError(f"{output} is part of the input {given}: choose another output.")
+    if force and output.exists():
+        from cadapter.written import refuse_foreign_directory, refuse_foreign_gguf
+
+        (refuse_foreign_gguf if gguf else refuse_foreign_directory)(output)

@@ -47,6 +47,7 @@ def command(
     At the adapter's own rank the LoRA is (I + s·B·A)·W − W of each residual writer, to rounding: nothing is
     approximated by a decomposition.
     """
+    import shlex
     from functools import partial
 
     from cadapter.adapters.directory import read_control_adapter
@@ -83,6 +84,7 @@ def command(
         chosen = writers.value if writers else None
         judge = partial(verdict, exact=summary.exact, truncated=summary.rank < control.rank, writers=chosen)
         show_fidelity(model, [(control, dial)], converted, rows, judge)
+    note(f"Next: {shlex.join(['cadapter', 'to-gguf', str(output), f'{output}.gguf', '--base', base])}")
 
 
 def _print_kept(summary: AdditiveSummary) -> None:

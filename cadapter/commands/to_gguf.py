@@ -54,7 +54,7 @@ def command(
     from cadapter.convert.gguf import lay_out, write_gguf
     from cadapter.terminal import note, progress, warn
 
-    check_output(output, force, lora, *([base] if base else []))
+    check_output(output, force, lora, *([base] if base else []), gguf=True)
     found = lay_out(lora, base)
     with progress("converting", total=len(found.pairs), unit="modules") as advance:
         summary = write_gguf(found, output, outtype.value, force, advance)

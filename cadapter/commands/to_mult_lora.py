@@ -45,6 +45,7 @@ def command(
     Each residual writer's weight becomes (I + s·B·A)·W. The result is for `cadapter merge` and for programs that know
     multiplicative LoRAs; peft does not load it (see to-add-lora). Only --verify reads the base's weights.
     """
+    import shlex
     from functools import partial
 
     from cadapter.adapters.directory import read_control_adapter
@@ -81,3 +82,4 @@ def command(
         converted = ChangedCheckpoint(tested.directory, make_recipe(tested, output, Dial()).plan)
         judge = partial(verdict, exact=summary.exact, writers=writers.value if writers else None)
         show_fidelity(tested, [(control, dial)], converted, rows, judge)
+    note(f"Next: {shlex.join(['cadapter', 'merge', base or recorded or 'BASE', str(output), f'{output}-merged'])}")

@@ -28,7 +28,8 @@ TextOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The text for --verify. Default: a built-in one.",
+        help="For --verify: a plain text, or .jsonl, .json or .parquet with the field text. The first 2,048 tokens, in "
+        "rows of 256, are used. Default: a built-in text.",
         show_default=False,
         rich_help_panel=PANEL,
     ),
@@ -72,7 +73,7 @@ def show_fidelity(
 
     from cadapter.convert.fidelity import verify
     from cadapter.errors import CheckFailed
-    from cadapter.terminal import progress, table
+    from cadapter.terminal import note, progress, table
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with progress("comparing", total=base.config.num_hidden_layers, unit="layers") as advance:
@@ -88,6 +89,11 @@ def show_fidelity(
         align="lrrr",
         footer=words if good else "",
     )
+    if isinstance(adapters, dict):
+        note(
+            "A LoRA's change is worked out for this as merging does it, in float32: the comparison shows what storing "
+            "the weights lost, and not that peft applies the LoRA in the same way."
+        )
     if not good:
         raise CheckFailed(words)
 

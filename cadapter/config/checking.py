@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cadapter.config.lines import KeyPath
 from cadapter.config.rules import Problem, conflicts
-from cadapter.config.schema import ClassWeights, Config, DatasetConfig, Table
+from cadapter.config.schema import WRONG, ClassWeights, Config, DatasetConfig, Table
 from cadapter.config.toml import toml_type
 from cadapter.config.unsupported import unsupported
 from cadapter.config.wording import expected, field_at
@@ -86,8 +86,8 @@ def _problem(path: KeyPath, entries: Sequence[Any], data: Mapping[str, Any]) -> 
     wanted = expected(field_at(path))
     if "missing" in kinds:
         return Problem(path, f"missing; give {wanted}", shows_value=False)
-    if kinds == {"value_error"}:
-        return Problem(path, str(entries[0]["ctx"]["error"]))
+    if kinds == {WRONG}:
+        return Problem(path, entries[0]["msg"])
     value = value_at(data, path)
     if kinds == {"literal_error"} and isinstance(value, str):
         return Problem(path, f"no such choice; give {wanted}")

@@ -34,6 +34,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def located(problems: Sequence[Problem], path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Problems of the config at ``path`` as lines of a report, each with where its key was given."""
+    source = _read(path)
+    data = _parse(path, source)
+    lines = index_lines(source)
+    applied, _ = _apply(overrides, data)
+    return [text for _, _, text in sorted(_report(problem, data, path, lines, applied) for problem in problems)]
+
+
 def _apply(overrides: Sequence[str], data: dict[str, Any]) -> tuple[list[Override], list[str]]:
     """Apply ``overrides`` to ``data``: those that could be, and a message for each that could not."""
     applied, refused = [], []
@@ -90,4 +99,4 @@ def _parse(path: Path, source: str) -> dict[str, Any]:
             position = f"{path}:{place[1]}:{place[2]}"
         else:
             position = f"{path}:{source.rstrip().count(chr(10)) + 1}" if where else str(path)
-        raise UsageError(f"{position}: not valid TOML: {what}.") from None
+        raise UsageError(f"{position}: not valid TOML: {what}; correct it.") from None

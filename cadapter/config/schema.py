@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from cadapter.classes import CLASS_NAMES
 from cadapter.config.layers import parse_ranges
@@ -22,9 +23,18 @@ class Expects:
     text: str
 
 
+WRONG = "wrong"
+"""The type of our own errors among pydantic's."""
+
+
+def _wrong(text: str) -> PydanticCustomError:
+    """An error whose message is ``text``: of a ValueError pydantic would say "Value error, text"."""
+    return PydanticCustomError(WRONG, "{text}", {"text": text})
+
+
 def _check_class(value: int) -> int:
     if value not in CLASS_NAMES:
-        raise ValueError("no such class; give 1 (enhance), -1 (suppress) or 0 (neutral)")
+        raise _wrong("no such class; give 1 (enhance), -1 (suppress) or 0 (neutral)")
     return value
 
 
@@ -32,7 +42,7 @@ def _check_layers(value: str) -> str:
     try:
         parse_ranges(value)
     except UsageError as error:
-        raise ValueError(str(error)) from None
+        raise _wrong(str(error)) from None
     return value
 
 
@@ -41,15 +51,15 @@ def _check_partition_method(value: str) -> str:
         try:
             re.compile(value.removeprefix("type:"))
         except re.error as error:
-            raise ValueError(f"no regular expression ({error}); correct what follows type:") from None
+            raise _wrong(f"no regular expression ({error}); correct what follows type:") from None
     elif value not in ("estimated_size", "uniform", "parameters"):
-        raise ValueError('no such method; give "estimated_size", "uniform", "parameters" or "type:REGEX"')
+        raise _wrong('no such method; give "estimated_size", "uniform", "parameters" or "type:REGEX"')
     return value
 
 
 def _check_any(value: tuple[DatasetConfig, ...]) -> tuple[DatasetConfig, ...]:
     if not value:
-        raise ValueError("no data to train on; give at least one [[datasets]] table")
+        raise _wrong("no data to train on; give at least one [[datasets]] table")
     return value
 
 
@@ -234,8 +244,8 @@ class Config(Table):
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = Field(
         default="auto",
-        description='Which attention of transformers; "auto": sdpa, or what the family needs. Of sdpa\'s kernels the '
-        "fastest is found by trying each.",
+        description='Which attention of transformers; "auto": sdpa, or what the family needs. Of sdpa\'s kernels, and '
+        "on a GPU for isolated documents flex_attention, the fastest is found by trying each.",
     )
     document_attention: Literal["packed", "isolated"] = Field(
         default="packed", description='"isolated": tokens see only their own document.'
@@ -250,6 +260,28 @@ class Config(Table):
     evals_per_run: Count = Field(
         default=11,
         description="One before the first step, one after the last, the rest evenly spaced; 1: only after the last.",
+    )
+    early_stopping_patience: Count | None = Field(
+        default=None,
+        description="Stop after so many evaluations in a row whose loss is not the lowest so far; default: never.",
+    )
+    sample_prompts: Annotated[list[Text], Expects("a list of strings that are not empty")] = Field(
+        default=[],
+        description="At every evaluation each is continued at strengths -1, 0 and +1 (LoRA and full fine-tuning: as "
+        "trained).",
+    )
+    sample_max_new_tokens: Count = Field(default=64, description="Length of these continuations, at most.")
+    sample_temperature: NotNegative = Field(
+        default=0.0, description="Logits are divided by it; 0 takes the most probable token each time."
+    )
+    sample_chat: bool | None = Field(
+        default=None,
+        description="Whether a prompt is a user's turn, rendered with the chat template; default: where a dataset has "
+        "messages_field.",
+    )
+    max_skipped_steps: CountOrZero = Field(
+        default=10,
+        description="A step whose gradient is not finite is skipped; after more than so many the run ends.",
     )
     checkpoint_interval_hours: Positive = Field(default=1.0, description="Hours between checkpoints.")
     checkpoint_interval_steps: Count | None = Field(
@@ -293,6 +325,11 @@ class Config(Table):
     ] = Field(description="The texts, one table for each kind.")
 
     @property
+    def has_chats(self) -> bool:
+        """Whether texts are chats, as far as the config says."""
+        return any(dataset.messages_field is not None for dataset in self.datasets)
+
+    @property
     def alpha(self) -> float:
         """lora_alpha, or its default sqrt(rank); the adapters' scale is s = alpha / rank. Symmetric: rank, no scale."""
         if self.use_control_adapters and self.control_form == "symmetric":
@@ -303,5 +340,5 @@ class Config(Table):
     def _no_conflicts(self) -> Config:
         found = conflicts(self)
         if found:
-            raise ValueError("\n".join(f"{problem.key}: {problem.text}" for problem in found))
+            raise _wrong("\n".join(f"{problem.key}: {problem.text}" for problem in found))
         return self

@@ -19,10 +19,7 @@ class _Row:
     remedy: str = "remove the key"
 
 
-_CONFIG_ROWS = (
-    _Row("attn_implementation", lambda table: table.attn_implementation == "flex_attention", 'use "auto" or "sdpa"'),
-    _Row("trust_remote_code", lambda table: table.trust_remote_code is True),
-)
+_CONFIG_ROWS = (_Row("trust_remote_code", lambda table: table.trust_remote_code is True),)
 
 
 def unsupported(config: Any) -> list[Problem]:

@@ -141,7 +141,9 @@ def to_add_lora(
             below the adapter's, peft cannot load it, or ``output`` exists.
     """
     if rank is not None and not 1 <= rank <= adapter.rank:
-        raise UsageError(f"--rank {rank}: the adapter has rank {adapter.rank}; a smaller one truncates it, 1 at least.")
+        raise UsageError(
+            f"--rank {rank}: the adapter has rank {adapter.rank}.\nGive a smaller rank, at least 1, to truncate it."
+        )
     target, folded, model = find_target(adapter, base, dial, writers), operators(adapter, dial), _Base(base)
     chosen = {layer: model.writers(layer, target.names(layer), adapter.hidden_size) for layer in folded}
     targets = model.spelled(chosen)

@@ -149,7 +149,7 @@ def _read(lora: Path) -> Mapping[str, LoraPair]:
             f"place for them.\nMerge it: cadapter merge BASE {lora} OUTPUT"
         )
     if not any(pair.A.any() and pair.B.any() for pair in pairs.values()):
-        raise UsageError(f"{lora} changes nothing: B·A = 0 in every module.\nNothing was written.")
+        raise UsageError(f"{lora} changes nothing: B·A = 0 in every module.\nGive a LoRA that was trained.")
     return pairs
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from cadapter.adapters.directory import ControlAdapterFiles, layer_ranges
 from cadapter.adapters.factors import Symmetric
+from cadapter.adapters.guidelines import SMALLEST_SIGMA, frobenius_limit
 from cadapter.algebra import SINGULAR, Health, health, neumann_remainder, orthogonality_error
-
-SMALLEST_SIGMA = 0.1
-"""Below this smallest singular value of I + W the exact inverse magnifies by more than 10."""
-
-FROBENIUS_PER_ROOT_RANK = 0.25
-"""Guideline of the published method for the Neumann series: ``‖W‖_F ≲ 0.25·√r``."""
 
 
 def measure(adapter: ControlAdapterFiles, advance: Callable[[int], None] = lambda layers: None) -> dict[int, Health]:
@@ -58,7 +52,7 @@ def _judge_exact(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> l
 
 
 def _judge_neumann(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> list[str]:
-    order, limit = adapter.neumann_order, FROBENIUS_PER_ROOT_RANK * math.sqrt(adapter.rank)
+    order, limit = adapter.neumann_order, frobenius_limit(adapter.rank)
     diverging = [layer for layer, found in measured.items() if found.radius >= 1]
     if diverging:
         return [f"Warning: the Neumann series diverges in layers {layer_ranges(diverging)} (ρ(W) ≥ 1)."]

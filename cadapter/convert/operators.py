@@ -57,7 +57,7 @@ class Dial:
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude one another: give one of them.")
         if scale is not None and not math.isfinite(scale):
-            raise UsageError(f"--scale {scale}: the scale must be a finite number.")
+            raise UsageError(f"--scale {scale}: give a finite number.")
         if inverse:
             return cls(strength=-1.0)
         return cls(1.0 if strength is None else strength, 1.0 if scale is None else scale, strength is not None)
@@ -92,7 +92,10 @@ def operators(adapter: ControlAdapterFiles, dial: Dial) -> dict[int, LowRank]:
         for layer, factors in adapter.layers.items()
     }
     if all(does_nothing(operator) for operator in folded.values()):
-        raise UsageError(f"{adapter.path} at {dial} changes nothing: W = 0 in every layer.\nNothing was written.")
+        raise UsageError(
+            f"{adapter.path} at {dial} changes nothing: W = 0 in every layer.\n"
+            "Give another strength, or one that was trained."
+        )
     return folded
 
 

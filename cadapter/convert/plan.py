@@ -221,7 +221,7 @@ def _check_module(base: Checkpoint, lora: LoraFiles, module: str, tensor: str) -
 
 def _refuse_nothing(touched: int, lora: LoraFiles, dial: Dial) -> None:
     if not touched:
-        raise UsageError(f"{lora.path} at {dial} changes nothing: B·A = 0 in every module.\nNothing was written.")
+        raise UsageError(f"{lora.path} at {dial} changes nothing: B·A = 0 in every module.\nGive one that was trained.")
 
 
 @dataclass

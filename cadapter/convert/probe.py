@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cadapter.classes import POSITIVE
 from cadapter.data import Tokenizer
+from cadapter.data.chat import Chat
+from cadapter.data.records import Fields, documents_of
+from cadapter.data.sources import COMPRESSIONS, read_records
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 
 ROW_TOKENS = 256
 MOST_ROWS = 8
+RECORDS = (".jsonl", ".json", ".parquet")
+"""Endings of files that hold records, and not one text."""
 FEWEST_TOKENS = 8
 """A text of fewer tokens says nothing of a model."""
 
@@ -58,28 +66,55 @@ ones are for whoever sits here after you. TOM: You might have told me that befor
 def probe_rows(base: Checkpoint, file: Path | None) -> list[Tensor]:
     """Rows of token ids [1, T] of ``file`` (None: a text of our own), beginning with BOS where the tokenizer has one.
 
-    Rows have at most 256 tokens; of a longer text the first 8 are taken.
+    Rows have at most 256 tokens; a text begins a row, and of a longer one, or of many, the first 8 · 256 tokens are
+    taken.
+
+    Args:
+        file: a plain text, or records with the field ``text`` (.jsonl, .json, .parquet).
 
     Raises:
         UsageError: the base has no tokenizer, or the text cannot be read or is too short.
     """
     tokenizer = Tokenizer(base.directory)
-    [ids], bos = tokenizer.encode([_text(file)]), tokenizer.fast.bos_token_id
+    bos = tokenizer.fast.bos_token_id
     start = [] if bos is None else [bos]
-    if len(ids) < FEWEST_TOKENS:
-        raise UsageError(f"--text {file}: the text has {len(ids)} tokens, too few to compare models on.")
     longest = min(ROW_TOKENS, getattr(base.config, "max_position_embeddings", None) or ROW_TOKENS)
     step = longest - len(start)
-    rows = [[*start, *ids[at : at + step].tolist()] for at in range(0, min(len(ids), MOST_ROWS * step), step)]
-    if len(rows) > 1 and len(rows[-1]) < len(start) + FEWEST_TOKENS:
-        rows.pop()
+    rows: list[list[int]] = []
+    found, left = 0, MOST_ROWS * step
+    for text in _texts(file):
+        [ids] = tokenizer.encode([text])
+        found += len(ids)
+        parts = [ids[at : at + step].tolist() for at in range(0, min(len(ids), left), step)]
+        rows += [[*start, *part] for part in parts if len(part) >= FEWEST_TOKENS]
+        left -= sum(map(len, parts))
+        if left < FEWEST_TOKENS:
+            break
+    if not rows:
+        raise UsageError(
+            f"--text {file}: the text has {found} tokens, too few to compare models on.\n"
+            f"Give at least {FEWEST_TOKENS}, or leave --text out."
+        )
     return [torch.tensor([row]) for row in rows]
 
 
-def _text(file: Path | None) -> str:
+def _texts(file: Path | None) -> Iterator[str]:
+    """The texts of a file of records, or all of a plain one."""
     if file is None:
-        return TEXT
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text {file} cannot be read as text: {error}.") from error
+        yield TEXT
+    elif Path(file.stem if file.suffix.lower() in COMPRESSIONS else file.name).suffix.lower() in RECORDS:
+        for record in read_records([file], ("text",)):
+            for document in documents_of(record, Fields(), POSITIVE, _no_chat):
+                yield document.text
+    else:
+        try:
+            yield file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise UsageError(
+                f"--text {file} cannot be read as text: {reason}.\nGive a plain text, or .jsonl with the field text."
+            ) from error
+
+
+def _no_chat(messages: Any, tools: Any, where: str) -> Chat:
+    raise UsageError(f"{where}: --text takes texts, no chats.\nGive records with the field text.")

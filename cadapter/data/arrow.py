@@ -17,9 +17,14 @@ _DOCUMENT_SCHEMA = pa.schema(
         ("control_class", pa.int8()),
         ("ids", pa.list_(pa.int32())),
         ("trained", pa.list_(pa.int8())),
+        ("left_out", pa.int64()),
     ]
 )
 _DOCUMENTS_PER_BATCH = 256
+
+NumberedDocument = tuple[int, int, np.ndarray, np.ndarray, int]
+"""A held-out document: number of its dataset, class, ids [n] int32, trained [n] bool, and how many tokens were cut."""
+
 _FINGERPRINT_SCHEMA = pa.schema([("text", pa.uint64()), ("control_class", pa.int8()), ("held_out", pa.uint8())])
 _FINGERPRINTS_PER_BATCH = 1 << 20
 
@@ -66,10 +71,10 @@ def _documents(batch: pa.RecordBatch, names: list[str]) -> Iterable[HeldOutDocum
     batch.validate(full=True)  # offsets, too, by which ids are looked up
     ids, trained = (batch.column(name).values.to_numpy(zero_copy_only=True) for name in ("ids", "trained"))
     offsets = batch.column("ids").offsets.to_numpy()
-    datasets, classes = batch.column("dataset").to_pylist(), batch.column("control_class").to_pylist()
-    for number, (dataset, control_class) in enumerate(zip(datasets, classes, strict=True)):
+    facts = zip(*(batch.column(name).to_pylist() for name in ("dataset", "control_class", "left_out")), strict=True)
+    for number, (dataset, control_class, left_out) in enumerate(facts):
         part = slice(offsets[number], offsets[number + 1])
-        yield HeldOutDocument(names[dataset], control_class, ids[part], trained[part].view(np.bool_))
+        yield HeldOutDocument(names[dataset], control_class, ids[part], trained[part].view(np.bool_), left_out)
 
 
 def write_sequences(
@@ -91,10 +96,10 @@ def write_sequences(
             advance(int(block.tokens.sum(dtype=np.int64)))
 
 
-def write_documents(file: Path, documents: Iterable[tuple[int, int, np.ndarray, np.ndarray]]) -> None:
-    """Write held-out documents, each (number of its dataset, class, ids [n] int32, trained [n] bool)."""
+def write_documents(file: Path, documents: Iterable[NumberedDocument]) -> None:
+    """Write held-out documents."""
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _DOCUMENT_SCHEMA) as writer:
-        batch: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+        batch: list[NumberedDocument] = []
         for document in documents:
             batch.append(document)
             if len(batch) == _DOCUMENTS_PER_BATCH:
@@ -104,14 +109,15 @@ def write_documents(file: Path, documents: Iterable[tuple[int, int, np.ndarray, 
             writer.write_batch(_document_batch(batch))
 
 
-def _document_batch(documents: list[tuple[int, int, np.ndarray, np.ndarray]]) -> pa.RecordBatch:
-    datasets, classes, ids, trained = zip(*documents, strict=True)
+def _document_batch(documents: list[NumberedDocument]) -> pa.RecordBatch:
+    datasets, classes, ids, trained, left_out = zip(*documents, strict=True)
     offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
     columns = [
         pa.array(datasets, pa.int16()),
         pa.array(classes, pa.int8()),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids))),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(trained).view(np.int8))),
+        pa.array(left_out, pa.int64()),
     ]
     return pa.record_batch(columns, schema=_DOCUMENT_SCHEMA)
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from cadapter.config import Config
 from cadapter.data import arrow, cache
+from cadapter.data.bad_records import BadRecords
 from cadapter.data.fitting import each_in_one
 from cadapter.data.packing import Layout, Pieces, SequenceBlock, in_a_row, pack
 from cadapter.data.shuffling import shuffled
-from cadapter.data.sources import OnBad
 from cadapter.data.splitting import Portion, split_documents
 from cadapter.data.statistics import histogram
 from cadapter.data.store import Dataset, TokenStore, write_store
@@ -37,12 +37,12 @@ def build_stream(
     stream: list[Dataset],
     tokenizer: Tokenizer,
     hashes: dict[Path, cache.FileState],
-    on_bad: OnBad,
+    bad: BadRecords,
     directory: Path,
 ) -> dict[str, Any]:
     """Write the Arrow files of the stream of the datasets ``stream`` into ``directory``; return what was counted.
 
-    ``hashes`` are the files' states that the cache's key was made from; ``on_bad`` is told of unusable records.
+    ``hashes`` are the files' states that the cache's key was made from; ``bad`` is told of unusable records.
 
     Raises:
         UsageError: a file that cannot be used or that changed meanwhile, an empty dataset, nothing to train on.
@@ -53,7 +53,7 @@ def build_stream(
     with tempfile.TemporaryDirectory(dir=directory, prefix="tokens-") as folder:
         with progress(f"Tokenising {name}", unit="records") as advance:
             store = write_store(
-                Path(folder), stream, tokenizer, framing, config.seed, config.sequence_len, on_bad, advance
+                Path(folder), stream, tokenizer, framing, config.seed, config.sequence_len, bad, advance
             )
         with closing(store):
             for file in (file for dataset in stream for file in dataset.files):
@@ -233,21 +233,20 @@ def _sample(blocks: Iterator[SequenceBlock], total: int, limit: int, seed: int) 
             yield block.select(mask)
 
 
-def alone(ids: np.ndarray, trained: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return one document by itself: (ids int32, trained bool), each [n], n at most ``sequence_len``.
+def alone(ids: np.ndarray, trained: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return one document by itself: (ids int32, trained bool), each [n], n at most ``sequence_len``, and what was cut.
 
     It is the sequence prefix, which is not doubled where the document begins with it, and the document's ``ids``.
-    ``trained`` None: all of them are.
     """
-    trained = np.ones(len(ids), bool) if trained is None else trained
     if starts_with(ids, layout.prefix):
         ids, trained = ids[len(layout.prefix) :], trained[len(layout.prefix) :]
     ids = np.concatenate([np.array(layout.prefix, np.int32), ids])
     trained = np.concatenate([np.zeros(len(layout.prefix), bool), trained])
-    return ids[: layout.sequence_len], trained[: layout.sequence_len]
+    length = layout.sequence_len
+    return ids[:length], trained[:length], max(0, len(ids) - length)
 
 
-def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[arrow.NumberedDocument]:
     for number in range(len(pieces)):
         own = pieces.select(np.array([number]))
         yield int(own.datasets[0]), int(own.classes[0]), *alone(*store.read(own.starts, own.stops), layout)

@@ -34,7 +34,10 @@ from cadapter.errors import CadapterError, UsageError
 from cadapter.files import new_directory, read_json, write_json
 
 FORMAT = 2
-"""Part of the key: raise it whenever the files or what is computed into them change."""
+"""Part of the key: raise it whenever what is computed into the files changes. Runs that were prepared with another one
+are other runs."""
+LAYOUT = 2
+"""Of the files; not part of the key. Raise it whenever they hold the same in another way: entries are made anew."""
 FOLDER = ".cadapter-cache"
 MANIFEST = "manifest.json"
 FILES = TRAIN, EVALUATION, DOCUMENTS, TEXTS = "train.arrow", "evaluation.arrow", "documents.arrow", "texts.arrow"
@@ -195,7 +198,8 @@ class Cache:
             with new_directory(target) as temporary:
                 statistics = fill(temporary)
                 sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-                described = {"format": FORMAT, "key": recipe.key, "created": time.time(), **recipe.as_json()}
+                described = {"format": FORMAT, "layout": LAYOUT, "key": recipe.key, "created": time.time()}
+                described |= recipe.as_json()
                 write_json(temporary / MANIFEST, {**described, "sizes": sizes, "statistics": statistics})
         except OSError as error:
             raise CadapterError(f"The cache in {root} cannot be written: {error.strerror or error}.") from error
@@ -304,6 +308,8 @@ def _damage(entry: Path, key: str) -> str:
     manifest = _read_manifest(entry)
     if manifest is None or manifest["key"] != key:
         return f"no usable {MANIFEST}"
+    if manifest.get("layout") != LAYOUT:
+        return "its files are those of another version"
     for name in FILES:
         file, size = entry / name, manifest["sizes"].get(name)
         if not file.is_file():

@@ -42,6 +42,10 @@ class Chat:
     answered: bool
 
 
+class NoChatTemplate(UsageError):
+    """The tokenizer has no chat template: whatever the records hold, no chat can be rendered."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template.
 
@@ -50,14 +54,14 @@ class ChatTemplate:
         name: of its directory, for messages.
 
     Raises:
-        UsageError: the tokenizer has none.
+        NoChatTemplate: the tokenizer has none.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not tokenizer.chat_template:
-            raise UsageError(
-                f"{name}: the tokenizer has no chat template, which messages need.\n"
-                "Use the model's instruction-tuned version, or put a chat_template.jinja beside its tokenizer."
+            raise NoChatTemplate(
+                f"{name}: the tokenizer has no chat template, which the chats of the data need.\n"
+                f"Use the model's instruction-tuned version, or put a chat_template.jinja into {name}."
             )
         self._apply: Render = tokenizer.apply_chat_template
         self._name = name

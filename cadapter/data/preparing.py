@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from cadapter.config import Config
+from cadapter.config import Config, DatasetConfig
 from cadapter.data import cache
-from cadapter.data.building import alone, build_stream, check_vocabulary, layout_of
-from cadapter.data.records import Fields, documents_of
+from cadapter.data.bad_records import BadRecords
+from cadapter.data.building import build_stream
+from cadapter.data.records import Fields
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
-from cadapter.data.sources import COMPRESSIONS, read_records, resolve_files
+from cadapter.data.sources import COMPRESSIONS, resolve_files
 from cadapter.data.store import Dataset
 from cadapter.data.tokenising import Tokenizer
 from cadapter.errors import UsageError
@@ -133,10 +132,7 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
         CadapterError: the cache cannot be written.
     """
     tokenizer = load_tokenizer(config)
-    datasets = _datasets(config)
-    store = cache.Cache(_cache_directory(config, datasets), note)
-    files = _file_states(datasets, store)
-    streams = [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]
+    store, files, streams = _sources(config)
     bad = BadRecords(skip_bad or 0)
 
     entries, reports, keys, done = [], [], [], set()
@@ -171,52 +167,72 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
         evaluation=evaluation if len(evaluation) else None,
         documents=[document for entry in entries for document in entry.documents],
         reports=reports,
-        fingerprint=hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+        fingerprint=_fingerprint(keys),
         tokenizer=tokenizer,
         directories=[entry.directory for entry in entries],
     )
 
 
-def documents_from_file(
-    path: str, control_class: int, config: Config, tokenizer: Tokenizer, text_field: str = "text"
-) -> list[HeldOutDocument]:
-    """Return the documents of ``path`` (a file or a glob), framed and cut like a run's own held-out ones.
+@dataclass(frozen=True)
+class KnownCounts:
+    """What the cache knows of a config's data: packed sequences, those held out, and tokens to train on."""
+
+    sequences: int
+    eval_sequences: int
+    tokens: int
+
+
+def known_counts(config: Config) -> KnownCounts | None:
+    """Look into the cache for the data of ``config`` without building or writing anything; None: it is not there.
 
     Raises:
-        UsageError: the files cannot be used or hold no documents.
+        UsageError: a file or the tokenizer cannot be read.
     """
-    framing = tokenizer.framing(config)
-    layout = layout_of(config, framing)
-    masked = np.array(framing.masked, np.int32)
-    fields = Fields(text_field)
-    records = read_records(resolve_files(path), fields.needed)
-    texts = [
-        document.text
-        for record in records
-        for document in documents_of(record, fields, control_class, tokenizer.render_chat)
-    ]
-    ids = [framing.document(ids) for ids in tokenizer.encode([text for text in texts if text.strip()]) if len(ids)]
-    if not ids:
-        raise UsageError(f"{path} has no documents.")
-    check_vocabulary(tokenizer.directory, max(int(each.max()) for each in ids))
-    return [HeldOutDocument(_stem(path), control_class, *alone(each, ~np.isin(each, masked), layout)) for each in ids]
+    tokenizer = load_tokenizer(config)
+    store, files, streams = _sources(config)
+    sequences = held_out = tokens = 0
+    for stream in streams:
+        found, _ = store.find(_recipe(config, stream, tokenizer, files))
+        if found is None:
+            return None
+        entry = cache.open_entry(found, config.sequence_len, [dataset.name for dataset in stream])
+        sequences, held_out = sequences + len(entry.train), held_out + len(entry.evaluation)
+        tokens += int(entry.train.tokens.sum())
+    return KnownCounts(sequences, held_out, tokens)
 
 
-def _datasets(config: Config) -> list[Dataset]:
+def fingerprint_of(config: Config) -> str:
+    """Return what :attr:`PreparedData.fingerprint` would be, without building anything.
+
+    Raises:
+        UsageError: a file or the tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(config)
+    _, files, streams = _sources(config)
+    return _fingerprint([_recipe(config, stream, tokenizer, files).key for stream in streams])
+
+
+def _fingerprint(keys: list[str]) -> str:
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def _sources(config: Config) -> tuple[cache.Cache, dict[Path, cache.FileState], list[list[Dataset]]]:
+    """Return the cache, the state of every file, and the datasets of each stream."""
+    datasets = datasets_of(config)
+    store = cache.Cache(_cache_directory(config, datasets), note)
+    streams = [datasets] if config.mix_datasets else [[dataset] for dataset in datasets]
+    return store, _file_states(datasets, store), streams
+
+
+def datasets_of(config: Config) -> list[Dataset]:
     """Return the datasets of ``config`` with their files; equal names are told apart by their paths or numbers."""
-    stems = Counter(_stem(dataset.dataset_path) for dataset in config.datasets)
+    stems = Counter(stem(dataset.dataset_path) for dataset in config.datasets)
     paths = Counter(dataset.dataset_path for dataset in config.datasets)
     result = []
     for number, dataset in enumerate(config.datasets, 1):
         path = dataset.dataset_path
-        fields = Fields(
-            dataset.text_field,
-            dataset.messages_field,
-            dataset.class_field,
-            dataset.chosen_field,
-            dataset.rejected_field,
-        )
-        name = _stem(path) if stems[_stem(path)] == 1 else path if paths[path] == 1 else f"{path} ({number})"
+        fields = fields_of(dataset)
+        name = stem(path) if stems[stem(path)] == 1 else path if paths[path] == 1 else f"{path} ({number})"
         result.append(
             Dataset(
                 name=name,
@@ -224,7 +240,7 @@ def _datasets(config: Config) -> list[Dataset]:
                 files=tuple(resolve_files(path)),
                 fields=fields,
                 control_class=dataset.control_class,
-                overlength=dataset.overlength or config.overlength or ("split" if fields.is_plain_text else "drop"),
+                overlength=overlength_of(config, dataset),
                 max_tokens=dataset.max_tokens,
                 max_sequences=config.max_sequences if dataset.max_sequences is None else dataset.max_sequences,
                 drop_tails=config.drop_tails if dataset.drop_tails is None else dataset.drop_tails,
@@ -233,7 +249,23 @@ def _datasets(config: Config) -> list[Dataset]:
     return result
 
 
-def _stem(path: str) -> str:
+def overlength_of(config: Config, dataset: DatasetConfig) -> str:
+    """What becomes of a record that is longer than a sequence: texts are split unless told otherwise."""
+    return dataset.overlength or config.overlength or ("split" if fields_of(dataset).is_plain_text else "drop")
+
+
+def fields_of(dataset: DatasetConfig) -> Fields:
+    """Where the records of a dataset hold what, as the config says."""
+    return Fields(
+        dataset.text_field,
+        dataset.messages_field,
+        dataset.class_field,
+        dataset.chosen_field,
+        dataset.rejected_field,
+    )
+
+
+def stem(path: str) -> str:
     """Return the file's name without its endings; a glob is its own name."""
     if any(sign in path for sign in "*?["):
         return path
@@ -261,26 +293,6 @@ def _file_states(datasets: list[Dataset], store: cache.Cache) -> dict[Path, cach
                 raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
             advance()
     return states
-
-
-class BadRecords:
-    """Takes note of records that cannot be used, up to ``limit`` of them."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.count = 0
-
-    def __call__(self, error: UsageError) -> None:
-        """Count one.
-
-        Raises:
-            UsageError: it is one too many; ``error`` itself where none is allowed.
-        """
-        self.count += 1
-        if not self.limit:
-            raise UsageError(f"{error}\nTo leave out up to N such records: cadapter prepare CONFIG --skip-bad N")
-        if self.count > self.limit:
-            raise UsageError(f"More than {self.limit} records cannot be used (--skip-bad). The last one:\n{error}")
 
 
 def _skipped(entry: Path) -> int:

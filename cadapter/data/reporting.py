@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from cadapter.classes import CLASS_NAMES, NEGATIVE, POSITIVE
 from cadapter.data import arrow
 from cadapter.data.cache import TEXTS
+from cadapter.data.preparing import datasets_of
+from cadapter.data.repeated import places_of
 from cadapter.data.showing import COLOURS, LABELS
 from cadapter.data.statistics import count_repeats
 from cadapter.terminal import console, note, table, warn
 
 if TYPE_CHECKING:
+    from cadapter.config import Config
     from cadapter.data.preparing import DatasetReport, PreparedData
 
 _BAR = 40
@@ -20,15 +23,16 @@ _IMBALANCE = 2.0
 """Times as many tokens in one class as in the other, from which on it is pointed out."""
 
 
-def print_report(data: PreparedData, mixed: bool) -> None:
-    """Print everything but sequences; ``mixed``: sequences hold documents of several datasets."""
+def print_report(data: PreparedData, config: Config) -> None:
+    """Print everything but sequences; in a mixture these hold documents of several datasets."""
+    mixed = config.mix_datasets
     _print_datasets(data, mixed)
     console().print()
     _print_left_out(data, mixed)
     console().print()
     _print_lengths(data.reports)
     _print_classes(data)
-    _print_repeats(data)
+    _print_repeats(data, config)
 
 
 def _print_datasets(data: PreparedData, mixed: bool) -> None:
@@ -56,7 +60,10 @@ def _print_datasets(data: PreparedData, mixed: bool) -> None:
         f"{len(data.train):,} + {evaluation:,}",
         None,
     )
-    footer = "Of two numbers, the second is of what is held out for evaluation."
+    footer = "Of two numbers, the second is of what is held out for evaluation. Tokens are those of documents;"
+    footer += (
+        f"\n{data.train.tokens.sum():,} tokens to train on, with the prefix of each sequence, as train counts them."
+    )
     if any(report.control_class is None for report in data.reports):
         footer += "\nClass own: the records say it themselves."
     columns = ("dataset", "class", "documents", "tokens", "sequences", "cache")
@@ -137,7 +144,7 @@ def _print_classes(data: PreparedData) -> None:
         )
 
 
-def _print_repeats(data: PreparedData) -> None:
+def _print_repeats(data: PreparedData, config: Config) -> None:
     """Print how many texts occur more than once, and warn of those that do so where it does harm."""
     repeats = count_repeats(arrow.read_fingerprints(directory / TEXTS) for directory in data.directories)
     if repeats.documents:
@@ -145,7 +152,12 @@ def _print_repeats(data: PreparedData) -> None:
     else:
         note("No text occurs twice.")
     if repeats.across_classes:
-        warn(f"{_texts(repeats.across_classes)} in more than one class, which cancel each other out.")
+        shown = places_of(repeats.keys_across_classes, datasets_of(config), data.tokenizer, config.seed)
+        more = repeats.across_classes - len(shown)
+        lines = [f"{text}: {'; '.join(places)}" for text, places in shown]
+        rest = [f"and {more:,} more"] if more > 0 else []
+        heading = f"{_texts(repeats.across_classes)} in more than one class, which cancel each other out."
+        warn("\n".join([heading, *lines, *rest]))
     if repeats.across_halves:
         warn(f"{_texts(repeats.across_halves)} both in training and in evaluation, which will look better than it is.")
 

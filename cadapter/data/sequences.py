@@ -73,10 +73,12 @@ class HeldOutDocument:
     """One document to be scored alone: sequence prefix + document prefix + text + suffix, cut to ``sequence_len``.
 
     ``ids`` [n] int32; ``trained`` [n] bool is true for the tokens whose prediction is scored (not those of the
-    sequence prefix, nor masked ones). A first token is never predicted, whatever ``trained`` says.
+    sequence prefix, nor masked ones). A first token is never predicted, whatever ``trained`` says. ``left_out`` is how
+    many tokens the cut took away.
     """
 
     dataset: str
     control_class: int
     ids: np.ndarray
     trained: np.ndarray
+    left_out: int = 0

@@ -40,6 +40,7 @@ _WHOLE_PIECE = 1 << 24
 _PARQUET_ROWS = 8
 """Read at once. A file may hold a long value once and have every row repeat it; in memory each has its own."""
 _PARQUET_BUFFER = 1 << 20
+_LOOKED_UP = "It was looked up from {}: correct the path, or start there."
 _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
     type(None): "null",
@@ -73,7 +74,7 @@ def format_of(path: Path) -> str:
     if ending not in FORMATS or (compressed and ending == ".parquet"):
         raise UsageError(
             f"{path}: what kind of file this is cannot be told from its name.\n"
-            "Supported: .txt, .json and .jsonl, each also with .gz or .zst after it, and .parquet."
+            "Give .txt, .json or .jsonl, each also with .gz or .zst after it, or .parquet."
         )
     return ending
 
@@ -94,9 +95,9 @@ def resolve_files(dataset_path: str) -> list[Path]:
     elif glob.has_magic(dataset_path):
         files = sorted(found for found in map(Path, glob.glob(str(path), recursive=True)) if found.is_file())
         if not files:
-            raise UsageError(f"The glob {dataset_path} matches no file.\nIt was looked up from {Path.cwd()}.")
+            raise UsageError(f"The glob {dataset_path} matches no file.\n{_LOOKED_UP.format(Path.cwd())}")
     else:
-        raise UsageError(f"{dataset_path} does not exist.\nIt was looked up from {Path.cwd()}.")
+        raise UsageError(f"{dataset_path} does not exist.\n{_LOOKED_UP.format(Path.cwd())}")
     for file in files:
         format_of(file)
     return files
@@ -162,7 +163,7 @@ def _read_txt(file: Path, needed: tuple[str, ...], _: tuple[str, ...], __: OnBad
 def _read_json(file: Path, needed: tuple[str, ...], _: tuple[str, ...], on_bad: OnBad) -> Iterator[Record]:
     text = _read_whole(file)
     if not text.strip():
-        raise UsageError(f"{file} is empty.")
+        raise UsageError(f"{file} is empty.\nLeave it out, or put texts into it.")
     records = _parse(text, file, 0)
     if not isinstance(records, list):
         raise UsageError(
@@ -192,7 +193,7 @@ def _read_jsonl(file: Path, needed: tuple[str, ...], _: tuple[str, ...], on_bad:
                 if record is not None:
                     yield record
     if number == 0:
-        raise UsageError(f"{file} is empty.")
+        raise UsageError(f"{file} is empty.\nLeave it out, or put texts into it.")
 
 
 def _record_of_line(line: bytes, file: Path, number: int, needed: tuple[str, ...]) -> Record | None:
@@ -237,7 +238,7 @@ def _parse(text: str, file: Path, lines_before: int) -> Any:
 
 def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...], on_bad: OnBad) -> Iterator[Record]:
     if file.stat().st_size == 0:
-        raise UsageError(f"{file} is empty.")
+        raise UsageError(f"{file} is empty.\nLeave it out, or put texts into it.")
     try:
         # Without pre-buffering a column is read page by page, not a row group, which may be the whole file, at once.
         with pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:

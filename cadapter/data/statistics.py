@@ -28,12 +28,14 @@ class Repeats:
         texts: different texts that occur more than once; ``documents``: documents that repeat an earlier one.
         across_classes: texts that occur in more than one class.
         across_halves: texts that are trained on and held out.
+        keys_across_classes: the keys of those in more than one class, sorted.
     """
 
     texts: int
     documents: int
     across_classes: int
     across_halves: int
+    keys_across_classes: np.ndarray
 
 
 def count_repeats(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Repeats:
@@ -47,9 +49,16 @@ def count_repeats(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
     first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]][: len(keys)])
     counts = np.diff(np.r_[first, len(keys)])
 
-    def varies(values: np.ndarray) -> int:
+    def varies(values: np.ndarray) -> np.ndarray:
         if not len(values):
-            return 0
-        return int((np.minimum.reduceat(values, first) != np.maximum.reduceat(values, first)).sum())
+            return np.zeros(0, bool)
+        return np.minimum.reduceat(values, first) != np.maximum.reduceat(values, first)
 
-    return Repeats(int((counts > 1).sum()), int((counts - 1).sum()), varies(classes), varies(held))
+    across = varies(classes)
+    return Repeats(
+        texts=int((counts > 1).sum()),
+        documents=int((counts - 1).sum()),
+        across_classes=int(across.sum()),
+        across_halves=int(varies(held).sum()),
+        keys_across_classes=keys[first][across],
+    )

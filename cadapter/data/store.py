@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from cadapter.classes import NEUTRAL
-from cadapter.data.chat import Span
+from cadapter.data.bad_records import BadRecords
+from cadapter.data.chat import NoChatTemplate, Span
 from cadapter.data.parts import grouped
 from cadapter.data.records import Document, Fields, documents_of
 from cadapter.data.sources import OnBad, Record, read_records
@@ -136,15 +137,16 @@ def write_store(
     framing: Framing,
     seed: int,
     sequence_len: int,
-    on_bad: OnBad,
+    bad_records: BadRecords,
     advance: Callable[[int], None],
 ) -> TokenStore:
     """Read and tokenise ``datasets`` into files in ``directory`` and return the store.
 
-    ``on_bad`` is told of records that cannot be used, ``advance`` the number of records as they are done.
+    ``bad_records`` is told of records that cannot be used, ``advance`` the number of records as they are done.
 
     Raises:
-        UsageError: a file that cannot be used, a dataset without a document, and what ``on_bad`` raises.
+        UsageError: a file that cannot be used, a dataset without a document, too many bad records, or a tokenizer that
+            lacks what the data needs.
     """
     with _Writer(directory, framing, sequence_len) as writer:
         for number, dataset in enumerate(datasets):
@@ -153,7 +155,7 @@ def write_store(
             writer.counts.append(counts)
 
             def bad(error: UsageError, counts: Counts = counts) -> None:
-                on_bad(error)
+                bad_records(error)
                 counts.bad_records.append(str(error).splitlines()[0])
 
             encoder = _Encoder(dataset, tokenizer, framing, seed)
@@ -168,7 +170,9 @@ def write_store(
                 writer.flush()
                 advance(len(batch))
             if len(writer.lengths) == before:
+                bad_records.settle()
                 raise UsageError(_no_documents(dataset, counts))
+        bad_records.settle()
     return writer.store()
 
 
@@ -222,6 +226,8 @@ class _Encoder:
         for record in records:
             try:
                 yield _Read(documents_of(record, fields, control_class, self._tokenizer.render_chat), record.where)
+            except NoChatTemplate:
+                raise  # no record is to blame
             except UsageError as error:
                 bad(error)
 

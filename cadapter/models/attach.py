@@ -6,21 +6,40 @@ and key-value cache work as before, and strength 0 is exactly the base.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cadapter.adapters.control import ControlledBlock, new_adapter
 from cadapter.adapters.directory import ControlAdapterFiles, validate_against
-from cadapter.adapters.strengths import layer_transform, load_factors, native_settings
-from cadapter.classes import POSITIVE
+from cadapter.adapters.strengths import load_factors, native_settings, strength_tables
 from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, Family, config_number
 from cadapter.models.loading import family_for, needed_attention
 
+Strength = float | Sequence[float]
+"""A strength for all rows of a batch, or one for each."""
+
 UNLISTED = Family(added=None)
 """What is known of a block of a family that is in no table: it adds its output minus its input."""
+
+
+def rows_of(strength: Strength) -> list[float]:
+    """The strengths of the rows of a batch; one stands for all.
+
+    Raises:
+        UsageError: there is none, or one is no number.
+    """
+    rows = strength if isinstance(strength, Sequence) else [strength]
+    for t in rows:
+        if isinstance(t, str) or not math.isfinite(t):
+            raise UsageError(f"The strength {t!r} is not a finite number.\nGive one, such as 1, -1 or 0.5.")
+    if not rows or isinstance(rows, str):
+        raise UsageError("There is no strength.\nGive a number, or one for each row of a batch.")
+    return [float(t) for t in rows]
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
@@ -84,8 +103,9 @@ def check_fit(files: ControlAdapterFiles, checkpoint: Checkpoint) -> None:
 class SteeredModel:
     """A causal LM each of whose adapted blocks applies ``(I + W)^t`` to what it adds, at every position.
 
-    The blocks are wrapped in place. With ``output_hidden_states`` transformers records what the wrapped blocks
-    return, which for the site "block" is before the adapter's change.
+    The blocks are wrapped in place; around blocks that are wrapped already, this adapter acts on what those add. With
+    ``output_hidden_states`` transformers records what the wrapped blocks return, which for the site "block" is before
+    the adapter's change.
 
     Args:
         model: what ``AutoModelForCausalLM`` gives; its blocks must be ``model.model.layers``.
@@ -94,42 +114,56 @@ class SteeredModel:
 
     Attributes:
         model: the model given.
+        files: the adapter given.
         blocks: the wrapped blocks by layer.
-        strength: t.
+        strength: t, or those of the rows of a batch.
 
     Raises:
         UsageError: the adapter does not fit the model, or this strength does not exist for it.
     """
 
-    def __init__(self, model: Any, files: ControlAdapterFiles, strength: float = 1.0) -> None:
+    def __init__(self, model: Any, files: ControlAdapterFiles, strength: Strength = 1.0) -> None:
         validate_against(files, model.config.hidden_size, model.config.num_hidden_layers)
         family = FAMILIES.get(model.config.model_type, UNLISTED)
         residual_scale = config_number(model.config, family.residual_scale)
         settings = native_settings(files)
         self.model = model
+        self.files = files
         self.blocks: dict[int, ControlledBlock] = {}
-        self._files = files
         for layer in files.layers:
             block = model.model.layers[layer]
+            # What a block with an adapter adds is no longer the sum of its modules' outputs.
+            facts = UNLISTED if isinstance(block, ControlledBlock) else family
             adapter = new_adapter(files.hidden_size, layer, settings, 0, next(block.parameters()).device)
             load_factors(adapter, files)
-            self.blocks[layer] = ControlledBlock(block, adapter.requires_grad_(False), family, residual_scale).eval()
-        self.set_strength(strength)
+            self.blocks[layer] = ControlledBlock(block, adapter.requires_grad_(False), facts, residual_scale).eval()
+        try:
+            self.set_strength(strength)
+        except UsageError:
+            for controlled in self.blocks.values():
+                controlled.remove()
+            raise
         for layer, controlled in self.blocks.items():
             model.model.layers[layer] = controlled
 
-    def set_strength(self, strength: float) -> None:
+    def set_strength(self, strength: Strength) -> None:
         """Apply ``(I + W)^strength`` from now on: 1 as trained, −1 its exact inverse, 0 the base bit for bit.
+
+        Args:
+            strength: for all rows of a batch, or one for each.
 
         Raises:
             UsageError: this power does not exist for a layer, which is named; the strength stays as it was.
         """
-        matrices = {layer: layer_transform(self._files, layer, strength) for layer in self.blocks if strength != 0}
+        rows = rows_of(strength)
+        distinct = sorted(set(rows)) if any(rows) else []
+        tables = strength_tables(self.files, distinct)
+        codes = torch.tensor([distinct.index(t) for t in rows]) if distinct else None
         for layer, block in self.blocks.items():
-            if strength == 0:
-                block.fix([])
-                continue
-            matrix = matrices[layer]
-            device = next(block.adapter.parameters()).device
-            block.fix([(POSITIVE, None if matrix is None else matrix.to(device))])
+            block.fix(tables[layer], codes)
         self.strength = strength
+
+    def remove(self) -> None:
+        """Give the model its blocks back as they were; of several adapters, the last one first."""
+        for layer, block in self.blocks.items():
+            self.model.model.layers[layer] = block.remove()

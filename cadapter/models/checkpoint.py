@@ -90,7 +90,10 @@ def load_model_config(directory: Path) -> Any:
         UsageError: there is none, or transformers cannot read it.
     """
     if not (directory / "config.json").is_file():
-        raise UsageError(f"{directory} is not a model directory: it has no config.json.")
+        raise UsageError(
+            f"{directory} is not a model directory: it has no config.json.\n"
+            "Give the directory of a Hugging Face model, or a hub id."
+        )
     refuse_links_out(directory, HUB_FILES)
     _check_settings(read_json(directory / "config.json"), directory / "config.json")
     from huggingface_hub.errors import StrictDataclassError

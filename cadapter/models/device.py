@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+
 import torch
 
 from cadapter.errors import UsageError
+
+GIB = 2**30
 
 
 def usable_device(name: str) -> str:
@@ -21,6 +25,20 @@ def usable_device(name: str) -> str:
             f"--device {name} cannot be used here: {reason}\nUse cpu, or cuda where there is a GPU."
         ) from error
     return name
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest number of bytes that this process has had: of the GPU's memory, on the CPU of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_in_words(peak: float, device: torch.device) -> str:
+    """``peak`` bytes beside what there is on a GPU, for whoever watches."""
+    if device.type == "cuda":
+        return f"{peak / GIB:.1f} of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
+    return f"{peak / GIB:.2f} GiB"
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +35,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: give at least 1.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"--temperature must be 0 (the most probable token) or above, not {self.temperature:g}.")
+            raise UsageError(f"--temperature {self.temperature:g}: give 0 (the most probable token) or above.")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}.")
+            raise UsageError(f"--top-p {self.top_p:g}: give a number above 0 and at most 1.")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> Tensor:
@@ -97,17 +98,33 @@ class _Counter:
 def continuation(
     model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, advance: Callable[[int], None] = lambda tokens: None
 ) -> str:
-    """Return what ``model`` writes after ``ids`` [1, T], without special tokens.
+    """Return what ``model`` writes after ``ids`` [1, T], without special tokens; see :func:`continuations`."""
+    (written,) = continuations(model, tokenizer, ids, sampling, advance)
+    return tokenizer.decode(written.ids, skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt: token ids, and whether the last of them ended the text."""
+
+    ids: list[int]
+    ended: bool
+
+
+def continuations(
+    model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, advance: Callable[[int], None] = lambda tokens: None
+) -> list[Continuation]:
+    """Return what ``model`` writes after each of the prompts ``ids`` [N, T].
 
     Only ``sampling`` decides: defaults that a model brings along (top-k, penalties) are left aside, except for which
-    tokens end a text. The same seed gives the same text on the same machine.
+    tokens end a text. The same seed gives the same texts on the same machine.
 
     Args:
-        advance: called with 1 after each token.
+        advance: called with 1 after each token that is appended to all of them.
     """
     from transformers import GenerationConfig
 
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model.generation_config.eos_token_id, tokenizer)
     random = sampling.temperature > 0
     chosen: dict[str, Any] = {"do_sample": False}
     if random:
@@ -115,7 +132,7 @@ def continuation(
     plain = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,  # one sequence is never padded, and without a value generate complains
+        pad_token_id=ends[0] if ends else 0,  # fills rows that have ended; without a value generate complains
         **chosen,
     )
     model.generation_config = plain  # what is not set in the one passed is taken from here
@@ -125,12 +142,28 @@ def continuation(
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=plain, streamer=_Counter(advance)
         )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return [_until_end(row, set(ends)) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: what the model's generation config says, else the tokenizer's EOS."""
-    ends = model.generation_config.eos_token_id
+def _until_end(written: list[int], ends: set[int]) -> Continuation:
+    """What was written up to the first end token; what follows it only fills the row."""
+    at = next((place for place, token in enumerate(written) if token in ends), None)
+    return Continuation(written if at is None else written[: at + 1], at is not None)
+
+
+def end_tokens_of(directory: Path, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text of the model in ``directory``, which need not be loaded."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    except OSError:  # it has none of its own
+        ends = config.eos_token_id
+    return _end_tokens(ends, tokenizer)
+
+
+def _end_tokens(ends: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: ``ends``, what the model's generation config says, else the tokenizer's EOS."""
     if ends is None:
         ends = tokenizer.eos_token_id
     if ends is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from cadapter.errors import UsageError
 from cadapter.models.loading import CausalLM
@@ -47,12 +48,21 @@ def _embedded(arguments: dict[str, Any]) -> list[Tensor]:
 
 def _is_masked(packed: Any, alone: Any) -> bool:
     """Whether the mask of two documents lets the second see what it sees alone, and nothing of the first."""
+    packed, alone = _dense(packed), _dense(alone)
     if not isinstance(packed, Tensor) or packed.ndim != 4:
         return False
     causal = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool, device=packed.device).tril()
     own = _allowed(alone) if isinstance(alone, Tensor) and alone.ndim == 4 else causal
     seen = _allowed(packed)[..., _LENGTH:, :]
     return not bool(seen[..., :_LENGTH].any()) and bool((seen[..., _LENGTH:] == own).all())
+
+
+def _dense(mask: Any) -> Any:
+    """What FlexAttention's mask of blocks lets tokens see, as a tensor [B, 1, T, T]; other masks as they are."""
+    if not isinstance(mask, BlockMask):
+        return mask
+    rows, _, queries, keys = mask.shape
+    return create_mask(mask.mask_mod, rows, 1, queries, keys, device=str(mask.kv_num_blocks.device))
 
 
 def _allowed(mask: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ LAYER_PREFIX = "model.layers.{}."
 NOISE = ("dropout", "pdrop", "jitter")
 """What keys of a config have in their names that say how much a model does at random in training."""
 
+FLEX_ATTENTION = "flex_attention"
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -169,6 +171,20 @@ class CausalLM:
                 refuse_unfit(block, self.device)
         if isinstance(getattr(self._inner, "rotary_emb", None), nn.Module):
             self._inner.rotary_emb.to(self.device)
+
+    @property
+    def attention(self) -> str:
+        """transformers' name of the attention implementation."""
+        return self.config._attn_implementation
+
+    def attend_by_block_masks(self) -> None:
+        """Use FlexAttention from now on: for isolated documents it computes the blocks of scores that hold any."""
+        self.config._attn_implementation = FLEX_ATTENTION
+
+    @property
+    def takes_block_masks(self) -> bool:
+        """Whether the family's blocks can use FlexAttention."""
+        return bool(self.skeleton._supports_flex_attn)
 
     @property
     def layer_count(self) -> int:

@@ -161,12 +161,14 @@ def weighted_cross_entropy(
 class Comparison(NamedTuple):
     """Several rows of hidden states for the same tokens, compared with the first row, each [K, T] float32.
 
-    ``kl`` is KL(row 0 ‖ row k) per token in nats, 0 where the label is ignored.
+    ``kl`` is KL(row 0 ‖ row k) per token in nats, ``agrees`` 1 where both find the same token most probable; all are 0
+    where the label is ignored.
     """
 
     nll: Tensor
     correct: Tensor
     kl: Tensor
+    agrees: Tensor
 
 
 @torch.no_grad()
@@ -181,20 +183,23 @@ def compare_rows(
     """
     count, tokens, _ = hidden.shape
     heads = [weight] * count if isinstance(weight, Tensor) else list(weight)
-    result = Comparison(*(torch.zeros(count, tokens, device=hidden.device) for _ in range(3)))
+    result = Comparison(*(torch.zeros(count, tokens, device=hidden.device) for _ in Comparison._fields))
     step = max(1, chunk_length(heads[0].shape[0]) // (2 * count))
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         counted = labels[rows] != IGNORED_LABEL
         targets = labels[rows].clamp(min=0)
-        base = None
+        base = first = None
         for k, (row, head) in enumerate(zip(hidden, heads, strict=True)):
             row_logits = logits_of(row[rows], head, logits)
             log_probabilities = torch.log_softmax(row_logits, dim=1)
-            base = log_probabilities if base is None else base
+            top = row_logits.argmax(dim=1)
+            if base is None or first is None:
+                base, first = log_probabilities, top
             chosen = log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)
             result.nll[k, rows] = torch.where(counted, -chosen, 0.0)
-            result.correct[k, rows] = (counted & (row_logits.argmax(dim=1) == targets)).float()
+            result.correct[k, rows] = (counted & (top == targets)).float()
+            result.agrees[k, rows] = (counted & (top == first)).float()
             divergence = (base.exp() * (base - log_probabilities)).sum(dim=1)
             result.kl[k, rows] = torch.where(counted, divergence, 0.0)
     return result

@@ -18,12 +18,14 @@ from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
+from cadapter.models.attention import check_installed
 from cadapter.models.checkpoint import resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
-from cadapter.models.layers import CarrierFormat, run_block
-from cadapter.models.loading import DTYPES, EMBEDDING, CausalLM
+from cadapter.models.layers import run_block
+from cadapter.models.loading import DTYPES, EMBEDDING, FLEX_ATTENTION, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
+from cadapter.planning.memory import RunSizes
 from cadapter.terminal import note, warn
 from cadapter.training.caching import prepare_in_turn
 from cadapter.training.distributed import GradientGroups, World, new_group, sum_over_world
@@ -34,10 +36,12 @@ from cadapter.training.losses import LossSettings, TrainingLoss
 from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
-from cadapter.training.recompute import Needs, Recompute, decide
+from cadapter.training.recompute import Recompute, recompute_for
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
-from cadapter.training.stages import StageBuilder, embedding_on_device
+from cadapter.training.samples import SamplePlan, Sampler, plan_samples
+from cadapter.training.sizes import carrier_of, compiles_on, sizes_of, weighs_neutral
+from cadapter.training.stages import StageBuilder
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
 
@@ -56,6 +60,8 @@ class Plan:
     builder: StageBuilder
     bounds: list[int]
     steps: BatchPlan
+    sizes: RunSizes
+    samples: SamplePlan | None = None
 
 
 def prepare_together(config: Config, world: World) -> PreparedData:
@@ -71,6 +77,9 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
         UsageError: it is no usable model.
     """
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    check_installed(config.attn_implementation)
+    if attention == FLEX_ATTENTION and world.device.type != "cuda":
+        raise UsageError(f'attn_implementation = "{attention}" trains on GPUs only.\nUse "auto".')
     place = directory or resolve_model(config.model_dir)
     return CausalLM(place, DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
 
@@ -88,54 +97,32 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     mode = mode_of(config, model)
     if config.init_from is not None and resume_from is None:
         mode.check_start(Path(config.init_from))
-    isolated = config.document_attention == "isolated"
-    if isolated:
+    if config.document_attention == "isolated":
         check_isolation(model)
-    data = prepare_together(config, world)
-    neutral = config.control_class0_lambda * config.class_weights.neutral > 0
-    has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
-    if has_neutral and not neutral and any(dataset.class_field for dataset in config.datasets) and world.is_main:
-        warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
-    carrier = CarrierFormat(
-        penalty=mode.name == "control" and neutral and has_neutral,
-        dropout=mode.name != "full" and config.lora_dropout > 0,
-        positions=isolated,
-    )
-    runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
-    builder = StageBuilder(model, mode, carrier, _recompute(config, model, mode, layout), runner)
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
+    data = prepare_together(config, world)
+    has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
+    by_record = any(dataset.class_field for dataset in config.datasets)
+    if has_neutral and not weighs_neutral(config) and by_record and world.is_main:
+        warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
+    carrier = carrier_of(config, mode, has_neutral)
+    runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
+    sizes = sizes_of(config, model, mode, carrier, compiles(config, model))
+    builder = StageBuilder(model, mode, carrier, _recompute(config, model, sizes, bounds, world.size > 1), runner)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
-    return Plan(config, layout, data, model, mode, builder, bounds, steps)
+    samples = plan_samples(config, model) if data.evaluation is not None else None
+    return Plan(config, layout, data, model, mode, builder, bounds, steps, sizes, samples)
 
 
 def compiles(config: Config, model: CausalLM) -> bool:
     """Whether decoder blocks and the loss are compiled."""
-    if config.compile != "auto":
-        return bool(config.compile)
-    # Experts in 4 bits are unpacked by Python code that is no function of tensors.
-    return model.device.type == "cuda" and not (model.four_bit and model.has_experts)
+    return compiles_on(model.device.type, config, model)
 
 
-def _recompute(config: Config, model: CausalLM, mode: Mode, layout: Layout) -> Recompute:
-    if model.four_bit and model.has_experts and config.activation_checkpointing == "auto":
-        return Recompute(1, "activation_checkpointing: full, since experts in 4 bits would be kept unpacked otherwise.")
-    sizes = model.layer_bytes()
-    if not embedding_on_device(model, mode):
-        sizes = sizes[1:]
-    needs = Needs(
-        weights=(sum(sizes) + sum(mode.trainable()) * mode.bytes_per_trained) / layout.stages,
-        blocks=-(-model.layer_count // layout.stages),
-        hidden_size=model.hidden_size,
-        intermediate_size=model.config.intermediate_size,
-        number_bytes=model.dtype.itemsize,
-        micro_batch=config.micro_batch_size * config.sequence_len,
-        in_flight=min(layout.stages, config.gradient_accumulation_steps),
-        compiled=compiles(config, model),
-        trained_inside=mode.name != "control",
-    )
+def _recompute(config: Config, model: CausalLM, sizes: RunSizes, bounds: list[int], several: bool) -> Recompute:
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
-    return decide(config.activation_checkpointing, needs, free, layout.stages * layout.replicas > 1)
+    return recompute_for(config.activation_checkpointing, sizes, bounds, free, several)
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:
@@ -227,6 +214,7 @@ def build_run(
         batches=StepBatches(plan.data.train, plan.steps),
         evaluation=_evaluation(plan),
         evaluation_accumulation=_evaluation_accumulation(config),
+        sampler=_sampler(plan, pipeline, world),
         facts=facts,
         position=Position() if saved is None else saved.position,
     )
@@ -243,7 +231,10 @@ def _saved(
     saved, total = load_checkpoint(checkpoint), plan.steps.total_steps
     check_facts(saved, facts, excused_facts(given))
     # Killed after its last checkpoint, a run has still to write final/.
-    left_to_write = saved.position.step == total and not is_written_out(checkpoint, directory.final)
+    written = is_written_out(checkpoint, directory.final)
+    if written and saved.position.is_enough(plan.config.early_stopping_patience):
+        raise UsageError(f"{checkpoint} is the end of this run already.\n{saved.position.why_enough()}")
+    left_to_write = saved.position.step == total and not written
     if saved.position.step >= total and not left_to_write:
         raise UsageError(
             f"{checkpoint} is the end of this run already: {saved.position.step} of {total} steps.\n"
@@ -267,6 +258,12 @@ def _evaluation(plan: Plan) -> EvaluationBatches | None:
         return None
     accumulation = _evaluation_accumulation(config)
     return evaluation_batches(data.evaluation, layout.replica, layout.replicas, config.micro_batch_size, accumulation)
+
+
+def _sampler(plan: Plan, pipeline: Pipeline, world: World) -> Sampler | None:
+    if plan.samples is None:
+        return None
+    return Sampler(plan.samples, pipeline, plan.layout, world, plan.config.micro_batch_size * plan.config.sequence_len)
 
 
 def record_run(plan: Plan, directory: RunDirectory, config_text: str, facts: dict[str, Any]) -> None:

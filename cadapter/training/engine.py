@@ -50,6 +50,9 @@ TRIED_DEEPSPEED = (0, 19)
 PipelineBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """What the first stage reads (inputs of the embedding layer) and what the last one does (targets of the loss)."""
 
+Loss = Callable[[Any, tuple[Tensor, ...]], Tensor]
+"""``loss(outputs of the last layer, targets)``."""
+
 
 def check_deepspeed() -> str:
     """Return what the user should know of the installed DeepSpeed, if anything.
@@ -172,7 +175,7 @@ class Pipeline:
         layers: Sequence[Callable[[], nn.Module]],
         bounds: Sequence[int],
         layout: Layout,
-        loss: Callable[[Any, tuple[Tensor, ...]], Tensor],
+        loss: Loss,
         micro_batch_size: int,
         accumulation: int,
         moved: Callable[[], None] = lambda: None,
@@ -232,10 +235,18 @@ class Pipeline:
             buffers[:] = [None] * len(buffers)
         self._engine.loss = None
 
-    def evaluate(self, micro_batches: Iterable[PipelineBatch], count: int) -> None:
-        """Run ``count`` micro-batches, all of one shape, forward only and without dropout; the loss sees each."""
+    def evaluate(self, micro_batches: Iterable[PipelineBatch], count: int, loss: Loss | None = None) -> None:
+        """Run ``count`` micro-batches, all of one shape, forward only and without dropout.
+
+        ``loss``, by default that of training, sees each on the last stage.
+        """
+        of_training = self.module.loss_fn
+        self.module.loss_fn = loss or of_training
         self._engine.reset_activation_shape()
-        self._engine.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        try:
+            self._engine.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        finally:
+            self.module.loss_fn = of_training
         self._engine.reset_activation_shape()
 
 

@@ -1,56 +1,85 @@
 """A whole ``eval``: documents scored one by one under several strengths at once, through the pipeline.
 
-A micro-batch holds one document once for each strength; a row's code tells its strength, so one forward pass gives
-the base's and all adapted distributions, and the last stage compares them.
+A micro-batch holds one document once for the base and for each of some strengths; a row's code tells its strength, so
+one forward pass gives the base's and the adapted distributions, and the last stage compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cadapter.classes import IGNORED_LABEL
+from cadapter.classes import IGNORED_LABEL, NEUTRAL
 from cadapter.config import Config
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
 from cadapter.errors import UsageError
 from cadapter.models.layers import CarrierFormat
-from cadapter.terminal import warn
+from cadapter.terminal import progress, warn
 from cadapter.training.build import prepare_together
 from cadapter.training.distributed import World, sum_over_world
 from cadapter.training.engine import Pipeline, PipelineBatch, check_deepspeed
 from cadapter.training.failures import joined_world
+from cadapter.training.held_out import check_held_out
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import ComparisonLoss
 from cadapter.training.recompute import Recompute
-from cadapter.training.scores import Contrast, Score, contrasts, score_datasets
+from cadapter.training.scores import TOKENS, Contrast, Cost, Lean, Score, contrasts, costs, leans, score_datasets
 from cadapter.training.stages import StageBuilder
 from cadapter.training.subjects import subject_of
 
+ROWS_AT_ONCE = 9
+"""How often a micro-batch holds its document at most: the base and eight strengths. More strengths take more passes, so
+that memory does not grow with them."""
 LENGTH_STEP = 64
 """Documents are padded to a multiple of this many tokens, so that few different shapes run."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What the command line adds to a config; no strengths: those that the adapter is evaluated at by default."""
+    """What the command line adds to a config.
+
+    Attributes:
+        strengths: None: those that the adapter is evaluated at by default, with ``sweep`` from −2 to 2.
+        data: files with their classes, instead of the run's held-out documents.
+        neutral: a file of neutral texts, beside the others.
+    """
 
     adapter: Path
     strengths: tuple[float, ...] | None = None
+    sweep: bool = False
     data: tuple[tuple[str, int], ...] = ()
+    neutral: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``eval`` found; ``note`` is what the user must hear of the adapter's inverse, if anything."""
+    """What ``eval`` found.
 
+    Attributes:
+        strengths: those compared, in rising order; 0 is the base.
+        scores: by dataset and strength; contrasts: by pair of strengths; leans, costs: by strength.
+        on_neutral: whether costs are those of neutral documents, and not of all for want of them.
+        documents: those scored.
+        skipped: how many documents hold no token to score.
+        stages: pipeline stages that the model was spread over.
+        notes: what the user must hear.
+    """
+
+    strengths: list[float]
     scores: list[Score]
     contrasts: list[Contrast]
+    leans: list[Lean]
+    costs: list[Cost]
+    on_neutral: bool
+    documents: list[HeldOutDocument]
     skipped: int
-    note: str | None
+    stages: int
+    notes: tuple[str, ...]
 
 
 def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
@@ -67,12 +96,15 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     remark = check_deepspeed()
     if remark and world.is_main:
         warn(remark)
-    subject = subject_of(config, options.adapter, options.strengths, world)
+    subject = subject_of(config, options.adapter, options.strengths, options.sweep, world)
+    unknown = None if options.data else check_held_out(config, options.adapter)
     found = _documents(config, options, world)
     documents = [document for document in found if _scored_tokens(document)]
     if not documents:
         raise UsageError("There is no document to evaluate on.\nSet eval_fraction above 0, or give --data FILE:CLASS.")
     strengths = subject.strengths
+    passes = _passes(len(strengths))
+    rows = len(passes[0])
     # On one process the whole model is one stage, however the run was laid out.
     stages = 1 if world.size == 1 else config.pipeline_stages
     layout = Layout.of(world.size, stages, world.rank, config.use_column_major_topology)
@@ -81,38 +113,76 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     loss = ComparisonLoss()
     builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0))
     bounds = stage_bounds("estimated_size", layout.stages, subject.model.layer_bytes(), subject.mode.trainable())
-    pipeline = Pipeline(builder.builders(), bounds, layout, loss, len(strengths), 1, world.watch.moved)
+    pipeline = Pipeline(builder.builders(), bounds, layout, loss, rows, 1, world.watch.moved)
     subject.install(pipeline.layers())
     world.watch.enter("evaluation")
-    for length, group in _by_length(documents, config.sequence_len).items():
-        shares = _share(group, layout)
-        pipeline.evaluate(_micro_batches(documents, shares, length, len(strengths)), len(shares))
-    sums = torch.zeros(len(documents), len(strengths), 4, dtype=torch.float64)
-    for index, values in loss.results:
-        if index >= 0:
-            sums[index] = values
+    shared = {length: _share(group, layout) for length, group in _by_length(documents, config.sequence_len).items()}
+    sums = torch.zeros(len(documents), len(strengths), TOKENS + 1, dtype=torch.float64)
+    total = len(passes) * sum(map(len, shared.values()))
+    with progress("scoring", total=total, unit="documents") if world.is_main else nullcontext(_silent) as advance:
+        for codes in passes:
+            for length, shares in shared.items():
+                pipeline.evaluate(_micro_batches(documents, shares, length, codes, advance), len(shares))
+            for index, values in loss.take_results():
+                if index >= 0:
+                    sums[index, codes] = values
     sums = sum_over_world(sums.to(world.device)).cpu()
     if not world.is_main:
         return None
-    table = sums.numpy()
+    notes = tuple(said for said in (*subject.notes, unknown) if said)
+    return _evaluation(sums.numpy(), strengths, documents, len(found) - len(documents), layout.stages, notes)
+
+
+def _evaluation(
+    sums: np.ndarray,
+    strengths: list[float],
+    documents: list[HeldOutDocument],
+    skipped: int,
+    stages: int,
+    notes: tuple[str, ...],
+) -> Evaluation:
     names, classes = [each.dataset for each in documents], [each.control_class for each in documents]
+    left_out = [each.left_out for each in documents]
+    cost, on_neutral = costs(sums, strengths, classes)
     return Evaluation(
-        score_datasets(table, strengths, names, classes),
-        contrasts(table, strengths, classes),
-        len(found) - len(documents),
-        subject.note,
+        strengths=sorted(strengths),
+        scores=score_datasets(sums, strengths, names, classes, left_out),
+        contrasts=contrasts(sums, strengths, classes),
+        leans=leans(sums, strengths, classes),
+        costs=cost,
+        on_neutral=on_neutral,
+        documents=documents,
+        skipped=skipped,
+        stages=stages,
+        notes=notes,
     )
 
 
+def _silent(_n: int = 1) -> None:
+    """Another process shows how far work has come."""
+
+
+def _passes(strengths: int) -> list[list[int]]:
+    """Which strengths go through the pipeline together, the base first; the base fills up a last pass."""
+    count = max(1, -(-(strengths - 1) // (ROWS_AT_ONCE - 1)))
+    others = -(-(strengths - 1) // count)
+    if not others:
+        return [[0]]
+    chosen = [list(range(first, min(first + others, strengths))) for first in range(1, strengths, others)]
+    return [[0, *codes, *[0] * (others - len(codes))] for codes in chosen]
+
+
 def _documents(config: Config, options: EvalOptions, world: World) -> list[HeldOutDocument]:
-    if not options.data:
-        return prepare_together(config, world).documents
-    tokenizer = load_tokenizer(config)
-    return [
-        document
-        for path, control_class in options.data
-        for document in documents_from_file(path, control_class, config, tokenizer)
-    ]
+    """The documents to score: the run's held-out ones or those of files, and neutral ones."""
+    files = list(options.data)
+    found = [] if files else prepare_together(config, world).documents
+    if options.neutral is not None:
+        files.append((options.neutral, NEUTRAL))
+    if files:
+        tokenizer = load_tokenizer(config)
+        for path, control_class in files:
+            found = [*found, *documents_from_file(path, control_class, config, tokenizer)]
+    return found
 
 
 def _scored_tokens(document: HeldOutDocument) -> int:
@@ -135,9 +205,14 @@ def _share(group: list[int], layout: Layout) -> list[int]:
 
 
 def _micro_batches(
-    documents: Sequence[HeldOutDocument], indices: Sequence[int], length: int, rows: int
+    documents: Sequence[HeldOutDocument],
+    indices: Sequence[int],
+    length: int,
+    strengths: Sequence[int],
+    advance: Callable[..., None],
 ) -> Iterator[PipelineBatch]:
-    codes = torch.arange(rows, dtype=torch.int8).unsqueeze(1).expand(rows, length).contiguous()
+    rows = len(strengths)
+    codes = torch.tensor(strengths, dtype=torch.int8).unsqueeze(1).expand(rows, length).contiguous()
     no_dropout = torch.zeros(rows, dtype=torch.int64)
     for index in indices:
         ids, labels = np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64)
@@ -148,3 +223,4 @@ def _micro_batches(
             labels[: count - 1] = np.where(document.trained[1:], document.ids[1:], IGNORED_LABEL)
         repeated = [torch.from_numpy(each).expand(rows, length).contiguous() for each in (ids, labels)]
         yield (repeated[0], codes, no_dropout), (repeated[1], torch.tensor([index]))
+        advance()

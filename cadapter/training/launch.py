@@ -139,7 +139,7 @@ def check_numbers(options: LaunchOptions) -> None:
     """Raise :class:`UsageError` for counts below one."""
     for name, value in (("--num-gpus", options.num_gpus), ("--num-nodes", options.num_nodes)):
         if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: at least one is needed.")
+            raise UsageError(f"{name} {value}: give at least 1.")
 
 
 def nodes_of(options: LaunchOptions) -> list[Node]:

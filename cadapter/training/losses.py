@@ -107,11 +107,17 @@ class TrainingLoss:
 class ComparisonLoss:
     """Scores documents under several strengths at once: row k of a micro-batch is its document at strength k.
 
-    ``results`` collects, for each micro-batch, (document index, [K, 4] float64: Σ nll, Σ correct, Σ KL, tokens).
+    ``results`` collects, for each micro-batch, (document index, [K, 5] float64: Σ nll, Σ correct, Σ KL,
+    Σ agrees, tokens).
     """
 
     def __init__(self) -> None:
         self.results: list[tuple[int, Tensor]] = []
+
+    def take_results(self) -> list[tuple[int, Tensor]]:
+        """Return what was collected since the last call."""
+        results, self.results = self.results, []
+        return results
 
     def __call__(self, outputs: HeadInputs, targets: tuple[Tensor, ...]) -> Tensor:
         """``targets``: labels [K, T] int64, alike in every row, and the document's index [1] int64 (−1: filler)."""
@@ -119,6 +125,6 @@ class ComparisonLoss:
         heads = outputs.weights if len(outputs.weights) > 1 else outputs.weights[0]
         scores = compare_rows(outputs.hidden, heads, labels[0], outputs.logits)
         count = (labels >= 0).sum(dim=1)
-        sums = [part.double().sum(dim=1) for part in (scores.nll, scores.correct, scores.kl)]
+        sums = [part.double().sum(dim=1) for part in scores]
         self.results.append((int(index), torch.stack([*sums, count.double()], dim=1).cpu()))
         return outputs.hidden.new_zeros((), dtype=torch.float32)

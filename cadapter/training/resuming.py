@@ -14,6 +14,8 @@ FREE = frozenset(
         "gradient_accumulation_steps", "eval_gradient_accumulation_steps", "pipeline_stages", "partition_method",
         "use_column_major_topology", "activation_checkpointing", "attn_implementation", "compile", "evals_per_run",
         "checkpoint_interval_hours", "checkpoint_interval_steps", "max_checkpoints", "trust_remote_code",
+        "early_stopping_patience", "sample_prompts", "sample_max_new_tokens", "sample_temperature", "sample_chat",
+        "max_skipped_steps",
     }
 )  # fmt: skip
 """Keys that change where a run happens, how long it is or how it is laid out, and not what a step does. What follows
@@ -59,9 +61,9 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: Co
     Raises:
         UsageError: a key that changes what a step does differs, and ``--set`` does not name it.
     """
-    old, new = dict(_flat(saved)), dict(_flat(now))
+    old, new = dict(flat_settings(saved)), dict(flat_settings(now))
     differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
-    lines = {key: f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now" for key in differing}
+    lines = {key: difference(key, old.get(key), new.get(key)) for key in differing}
     refused = [lines[key] for key in differing if not _may_change(key, given)]
     if refused:
         raise UsageError(
@@ -73,12 +75,18 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], given: Co
     return list(lines.values())
 
 
+def difference(name: str, saved: Any, now: Any) -> str:
+    """``name`` with the checkpoint's value and this run's; what is None is not set."""
+    before, after = ("not set" if value is None else repr(value) for value in (saved, now))
+    return f"{name}: {before} in the checkpoint, {after} now"
+
+
 def _may_change(key: str, given: Collection[str]) -> bool:
     first, _, rest = key.partition(".")
     return first in FREE or first in given or rest.endswith("dataset_path")
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Keys as --set spells them, "datasets.1.control_class", with their values."""
     if isinstance(value, Mapping):
         parts = [(str(name), part) for name, part in value.items()]
@@ -88,4 +96,4 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
         return
     for name, part in parts:
-        yield from _flat(part, f"{key}.{name}" if key else name)
+        yield from flat_settings(part, f"{key}.{name}" if key else name)

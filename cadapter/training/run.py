@@ -10,23 +10,28 @@ from pathlib import Path
 
 import torch
 
-from cadapter.config import Config, config_warnings
-from cadapter.models.attention import time_kernels
+from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
+from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
-from cadapter.terminal import note, table, warn
+from cadapter.planning.memory import all_stages
+from cadapter.planning.tables import memory_table
+from cadapter.terminal import note, warn
 from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, on_main, sum_over_world
 from cadapter.training.engine import check_deepspeed
 from cadapter.training.failures import joined_world
+from cadapter.training.recompute import in_a_word
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import compare_settings, given_keys, settings_of
 from cadapter.training.room import check_room, naming_what_is_kept, room_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
-from cadapter.training.state import load_checkpoint
-from cadapter.training.trainer import Trainer
+from cadapter.training.state import Position, load_checkpoint
+from cadapter.training.trainer import Run, Trainer
 
 GIB = 2**30
+TITLES = {"control": "Control Adapters", "lora": "LoRA", "full": "full fine-tuning"}
+"""What a mode of training is called where someone watches."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,25 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     signals = StopSignals()
     remark = check_deepspeed()
     config_text = source.read_text("utf-8")
-    resume_from = _checkpoint_to_resume(directory, options, world)
+    resume_from = _checkpoint_to_resume(directory, options, config_text, world)
     if world.is_main:
-        for text in (*config_warnings(config), *filter(None, [remark])):
+        idle = located(idle_keys(config), source, options.overrides)
+        for text in (*config_warnings(config), *idle, *filter(None, [remark])):
             warn(text)
     given = given_keys(options.overrides)
     if resume_from is not None:
         _tell_changes(config, resume_from, given, world)
     plan = plan_run(config, world, resume_from)
     if world.is_main:
+        neutral = int(plan.data.train.trained[2])
+        missed = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
+        for text in located(missed, source, options.overrides):
+            warn(text)
         show_plan(plan)
     on_main(lambda: check_room(room_of(plan), directory), world)
     if options.dry_run:
+        with contextlib.ExitStack() as stack:
+            prepare_for_speed(plan, world, stack)
         if world.is_main:
             note("Everything checked, nothing trained. Leave out --dry-run to train.")
         return
@@ -91,29 +103,53 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         stack.enter_context(naming_what_is_kept(directory))
         reporter = None
         if world.is_main:
-            reporter = stack.enter_context(Reporter(directory.path, run.plan.total_steps, run.position.step + 1))
+            reporter = stack.enter_context(_reporter(run))
         prepare_for_speed(plan, world, stack)
         signals.from_now_on_save()
         Trainer(run, reporter, signals).train()
     show_peak_memory(world)
     if world.is_main:
-        _show_end(run.position.seconds, run.position.tokens, directory, plan)
+        _show_end(run.position, directory, plan)
         # The run's own config.toml is the config as given: what was overridden has to be given again.
         again = shlex.join(part for override in options.overrides for part in ("--set", override))
         note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
 
 
+def _reporter(run: Run) -> Reporter:
+    position, directory = run.position, run.directory.path
+    lowest = None if position.best_loss is None else (position.best_loss, position.best_step)
+    stages, replicas = run.layout.stages, run.layout.replicas
+    several = [f"{count} {name}" for count, name in ((stages, "stages"), (replicas, "replicas")) if count > 1]
+    title = " · ".join([TITLES[run.mode.name], *several, str(directory)])
+    return Reporter(directory, run.plan.total_steps, position.step + 1, title, lowest)
+
+
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
     """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
     config, model = plan.config, plan.model
-    if model.config._attn_implementation == "sdpa":
-        times = time_kernels(model.config, config.micro_batch_size, config.sequence_len, model.dtype, world.device)
+    attention = f"attention: {model.attention}."
+    if model.attention == "sdpa":
+        times = time_kernels(
+            model.config,
+            config.micro_batch_size,
+            config.sequence_len,
+            model.dtype,
+            world.device,
+            isolated=plan.builder.carrier.positions,
+            block_masks=config.attn_implementation == "auto" and compiles(config, model) and model.takes_block_masks,
+        )
         if times is not None:
+            if times.fastest == BLOCK_MASKS:
+                model.attend_by_block_masks()
             stack.enter_context(times.preferred())
-            if world.is_main:
-                note(times.in_words())
-    if compiles(config, model) and world.is_main:
+            attention = times.in_words()
+    if not world.is_main:
+        return
+    note(attention)
+    if compiles(config, model):
         note("Compiling in the first step, once for all decoder blocks that are alike: up to some minutes.")
+    else:
+        note("compile: decoder blocks run as they are.")
 
 
 def _tell_changes(config: Config, resume_from: Path, given: set[str], world: World) -> None:
@@ -124,17 +160,20 @@ def _tell_changes(config: Config, resume_from: Path, given: set[str], world: Wor
             note(f"Changed since the checkpoint: {line}.")
 
 
-def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world: World) -> Path | None:
+def _checkpoint_to_resume(
+    directory: RunDirectory, options: TrainOptions, config_text: str, world: World
+) -> Path | None:
     """Look for the checkpoint on rank 0, whose directory is the one that counts, and tell everyone."""
     found = [""]
 
     def look() -> None:
-        if not options.dry_run:
-            directory.claim()
+        directory.claim()
         tidied = directory.tidy_up() if options.resume and not options.dry_run else []
-        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force or options.dry_run)
+        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force)
         for remark in [*tidied, *remarks]:
             warn(remark)
+        if checkpoint is None:
+            directory.refuse_foreign(config_text)
         found[0] = str(checkpoint or "")
 
     on_main(look, world)
@@ -145,35 +184,20 @@ def _checkpoint_to_resume(directory: RunDirectory, options: TrainOptions, world:
 def show_plan(plan: Plan) -> None:
     """Print the layout, the steps and what each stage holds."""
     config, layout, steps = plan.config, plan.layout, plan.steps
-    trainable, sizes = plan.mode.trainable(), plan.model.layer_bytes()
-    rows = []
-    for stage in range(layout.stages):
-        first, stop = plan.bounds[stage], plan.bounds[stage + 1]
-        names = [_layer_name(index, len(sizes)) for index in (first, stop - 1)]
-        trained = sum(trainable[first:stop])
-        rows.append(
-            [
-                stage,
-                names[0] if first == stop - 1 else f"{names[0]} … {names[1]}",
-                f"{sum(sizes[first:stop]) / GIB:.3f}",
-                f"{trained:,}",
-                f"{trained * plan.mode.bytes_per_trained / GIB:.3f}",
-            ]
-        )
-    table(
+    recompute = plan.builder.recompute
+    memory_table(
         f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
-        ["stage", "layers", "weights, GiB", "trained parameters", "with gradients and Adam, GiB"],
-        rows,
-        align="rl",
+        plan.sizes,
+        plan.bounds,
+        all_stages(plan.sizes, plan.bounds, recompute.block),
     )
-    if plan.builder.recompute.reason:
-        note(plan.builder.recompute.reason)
+    note(recompute.reason or f"activation_checkpointing: {in_a_word(recompute)}.")
     tokens = int(plan.data.train.tokens.sum())
     if plan.model.family.inferred:
         warn(inferred_note(plan.model))
     note(plan.mode.description())
     note(
-        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens), "
+        f"{len(plan.data.train):,} sequences of {config.sequence_len} ({tokens:,} tokens with their prefixes), "
         f"{steps.sequences_per_step} sequences a step, {steps.steps_per_epoch:,} steps an epoch, "
         f"{steps.total_steps:,} steps in all."
     )
@@ -202,15 +226,11 @@ def show_peak_memory(world: World) -> None:
         note(f"Peak GPU memory: {highest:.1f} GiB.")
 
 
-def _layer_name(index: int, count: int) -> str:
-    if index == 0:
-        return "embedding"
-    return "head" if index == count - 1 else f"block {index - 1}"
-
-
-def _show_end(seconds: float, tokens: int, directory: RunDirectory, plan: Plan) -> None:
+def _show_end(position: Position, directory: RunDirectory, plan: Plan) -> None:
+    seconds, tokens = position.seconds, position.tokens
+    skipped = f" ({position.skipped:,} of them skipped)" if position.skipped else ""
     note(
-        f"Trained {plan.steps.total_steps:,} steps on {tokens:,} tokens in {seconds:,.0f} s "
+        f"Trained {position.step:,} steps{skipped} on {tokens:,} tokens in {seconds:,.0f} s "
         f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)."
     )
     what = "model" if plan.mode.name == "full" else "adapter"

@@ -12,7 +12,9 @@ from cadapter.files import tidy
 from cadapter.training.error_file import ERROR_FILE
 from cadapter.training.state import newest_checkpoint
 
-PARTS = ("config.toml", "resolved.json", "metrics.jsonl", "logs", "checkpoints", "final", "best", ERROR_FILE)
+RECORD = "resolved.json"
+"""Every run writes it at its start: a directory without it holds no run."""
+PARTS = ("config.toml", RECORD, "metrics.jsonl", "logs", "checkpoints", "final", "best", ERROR_FILE)
 
 
 class RunDirectory:
@@ -70,6 +72,35 @@ class RunDirectory:
         self.claim()
         return [*tidy(self.path), *tidy(self.checkpoints)]
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has been here; others have a config.toml, checkpoints/ and logs/ too."""
+        return (self.path / RECORD).exists()
+
+    def refuse_foreign(self, config_text: str) -> None:
+        """Make sure that what a run writes here replaces nothing that no run wrote.
+
+        Args:
+            config_text: of the run's config, which may lie here already.
+
+        Raises:
+            UsageError: it would.
+        """
+        if self.holds_run:
+            return
+        config = self.path / "config.toml"
+        mine = {self.path / "logs", self.path / ERROR_FILE}
+        if config.is_file() and config.read_bytes() == config_text.encode("utf-8"):
+            mine.add(config)
+        foreign = [path for path in self.parts() if path not in mine and path != self.checkpoints]
+        if self.checkpoints.exists() and not any(self.checkpoints.glob("*step-*")):
+            foreign.append(self.checkpoints)
+        if foreign:
+            raise UsageError(
+                f"output_dir = {self.path} holds {foreign[0].name}, which no run of cadapter wrote (there is no "
+                f"{RECORD}), and which this run would replace.\nChoose another output_dir."
+            )
+
     def checkpoint_to_resume(self, resume: bool, force: bool) -> tuple[Path | None, list[str]]:
         """Return the newest valid checkpoint if this is a resume, with remarks about damaged ones.
 
@@ -78,7 +109,7 @@ class RunDirectory:
                 checkpoints are damaged and ``force`` is not given, or it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"output_dir = {self.path} is a file.")
+            raise UsageError(f"output_dir = {self.path} is a file.\nChoose another output_dir.")
         if resume:
             checkpoint, remarks = newest_checkpoint(self.checkpoints)
             if checkpoint is None and remarks and not force:
@@ -87,7 +118,7 @@ class RunDirectory:
                     "Start the run again with --force, which replaces it."
                 )
             return checkpoint, remarks
-        if self.parts() and not force:
+        if self.holds_run and not force:
             raise UsageError(
                 f"{self.path} holds a run already.\n"
                 "Continue it with --resume-from-checkpoint, replace it with --force, or choose another output_dir."
@@ -107,8 +138,9 @@ class RunDirectory:
         self.claim()
         (self.path / ERROR_FILE).unlink(missing_ok=True)
         if fresh:
+            held_run = self.holds_run
             self.tidy_up()
-            for part in self.parts():
+            for part in self.parts() if held_run else []:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 

@@ -1,4 +1,4 @@
-"""From per-document sums to what ``eval`` reports: means with standard errors over documents, and the contrast."""
+"""From per-document sums to what ``eval`` reports: means with standard errors over documents, contrast and cost."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cadapter.classes import NEGATIVE, POSITIVE
+from cadapter.classes import NEGATIVE, NEUTRAL, POSITIVE
 
-NLL, CORRECT, KL, TOKENS = range(4)
+NLL, CORRECT, KL, AGREES, TOKENS = range(5)
 """Columns of the sums."""
 
 
@@ -19,7 +19,10 @@ NLL, CORRECT, KL, TOKENS = range(4)
 class Score:
     """One dataset at one strength; means over documents of each document's mean per token, in nats.
 
-    ``strength`` 0 is the base model. ``loss_se`` is the standard error over documents (NaN for a single one).
+    ``strength`` 0 is the base model. ``…_se`` is a standard error over documents (NaN for a single one); that of the
+    perplexity, e^loss, is perplexity · loss_se. ``loss_change`` is the mean over documents of loss minus the base's
+    loss of the same document. ``top1_agreement`` is the share of tokens where base and adapted model find the same
+    token most probable. ``cut_documents`` were longer than a sequence; ``left_out_tokens`` of theirs are not scored.
     """
 
     dataset: str
@@ -32,13 +35,17 @@ class Score:
     kl: float
     documents: int
     tokens: int
+    perplexity_se: float
+    kl_se: float
+    loss_change: float
+    loss_change_se: float
+    top1_agreement: float
+    cut_documents: int
+    left_out_tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        """As in ``--json``; what is not a number becomes null."""
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(self).items()
-        }
+        """As in ``--json``."""
+        return without_nan(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,38 @@ class Contrast:
 
     def to_json(self) -> dict[str, Any]:
         """As in ``--json``."""
-        se = None if math.isnan(self.contrast_se) else self.contrast_se
-        return {
-            "strengths": list(self.strengths),
-            "contrast": self.contrast,
-            "contrast_se": se,
-            "sign_share": self.sign_share,
-        }
+        return without_nan({**asdict(self), "strengths": list(self.strengths)})
+
+
+@dataclass(frozen=True)
+class Lean:
+    """How far one strength turns the model from the texts of class −1 towards those of class +1.
+
+    ``lean`` = [loss(−1 | t) − loss(−1 | 0)] − [loss(+1 | t) − loss(+1 | 0)], with losses as of :class:`Contrast`, which
+    is lean(t) − lean(−t). Positive: it favours class +1.
+    """
+
+    strength: float
+    lean: float
+    lean_se: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a strength does to texts that it should leave alone: KL(base ‖ adapted), nats a token, mean over documents.
+
+    ``agreement`` is the share of tokens where the base finds the same token most probable.
+    """
+
+    strength: float
+    kl: float
+    kl_se: float
+    agreement: float
+
+
+def without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` as JSON can hold it: what is not a number becomes null."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -72,34 +104,48 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def score_datasets(
-    sums: np.ndarray, strengths: Sequence[float], datasets: Sequence[str], classes: Sequence[int]
+    sums: np.ndarray,
+    strengths: Sequence[float],
+    datasets: Sequence[str],
+    classes: Sequence[int],
+    left_out: Sequence[int],
 ) -> list[Score]:
     """Return a score for each dataset and strength, datasets in order of appearance.
 
     Args:
-        sums: [documents, strengths, 4]: Σ nll, Σ correct, Σ KL(base ‖ strength) and tokens of each document.
+        sums: [documents, strengths, 5]: Σ nll, Σ correct, Σ KL(base ‖ strength), Σ agrees and tokens of each document.
         strengths: of the second axis; the first is 0, the base.
         datasets, classes: of each document.
+        left_out: tokens of each document that a cut took away.
     """
+    cut = np.asarray(left_out, np.int64)
     scores = []
     means = sums[..., :TOKENS] / sums[..., TOKENS:]
     for key in dict.fromkeys(zip(datasets, classes, strict=True)):
         of_dataset = np.array([each == key for each in zip(datasets, classes, strict=True)])
         for k, strength in enumerate(strengths):
             part = means[of_dataset, k]
-            loss = float(part[:, NLL].mean())
+            loss, loss_se = float(part[:, NLL].mean()), standard_error(part[:, NLL])
+            change = part[:, NLL] - means[of_dataset, 0, NLL]
             scores.append(
                 Score(
                     dataset=key[0],
                     control_class=key[1],
                     strength=float(strength),
                     loss=loss,
-                    loss_se=standard_error(part[:, NLL]),
+                    loss_se=loss_se,
                     perplexity=math.exp(loss),
                     top1_accuracy=float(part[:, CORRECT].mean()),
                     kl=float(part[:, KL].mean()),
                     documents=int(of_dataset.sum()),
                     tokens=int(sums[of_dataset, k, TOKENS].sum()),
+                    perplexity_se=math.exp(loss) * loss_se,
+                    kl_se=standard_error(part[:, KL]),
+                    loss_change=float(change.mean()),
+                    loss_change_se=standard_error(change),
+                    top1_agreement=float(part[:, AGREES].mean()),
+                    cut_documents=int((cut[of_dataset] > 0).sum()),
+                    left_out_tokens=int(cut[of_dataset].sum()),
                 )
             )
     return scores
@@ -107,22 +153,50 @@ def score_datasets(
 
 def contrasts(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> list[Contrast]:
     """Return the contrast of each pair ±t among ``strengths``, where documents of both classes are there."""
-    kinds = np.asarray(classes)
-    positive, negative = kinds == POSITIVE, kinds == NEGATIVE
+    losses, positive, negative = _losses(sums, classes)
     if not positive.any() or not negative.any():
         return []
-    losses = sums[..., NLL] / sums[..., TOKENS]
     found = []
     for t in sorted({strength for strength in strengths if strength > 0 and -strength in strengths}):
         difference = losses[:, list(strengths).index(t)] - losses[:, list(strengths).index(-t)]
-        errors = [standard_error(difference[part]) for part in (positive, negative)]
         told = np.concatenate([-difference[positive], difference[negative]])
-        found.append(
-            Contrast(
-                strengths=(float(t), float(-t)),
-                contrast=float(difference[negative].mean() - difference[positive].mean()),
-                contrast_se=math.hypot(*errors),
-                sign_share=float((told > 0).mean() + 0.5 * (told == 0).mean()),
-            )
-        )
+        share = float((told > 0).mean() + 0.5 * (told == 0).mean())
+        found.append(Contrast((float(t), float(-t)), *_apart(difference, positive, negative), share))
     return found
+
+
+def leans(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> list[Lean]:
+    """Return the lean of each strength, in rising order, where documents of both classes are there."""
+    losses, positive, negative = _losses(sums, classes)
+    if not positive.any() or not negative.any():
+        return []
+    changes = {t: losses[:, list(strengths).index(t)] - losses[:, 0] for t in sorted(strengths)}
+    return [Lean(float(t), *_apart(change, positive, negative)) for t, change in changes.items()]
+
+
+def _losses(sums: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean losses [documents, strengths], and which documents [documents] are of class +1 and of class −1."""
+    kinds = np.asarray(classes)
+    return sums[..., NLL] / sums[..., TOKENS], kinds == POSITIVE, kinds == NEGATIVE
+
+
+def _apart(difference: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+    """How much more ``difference`` [documents] is for class −1 than for class +1, and its standard error."""
+    error = math.hypot(*(standard_error(difference[part]) for part in (positive, negative)))
+    return float(difference[negative].mean() - difference[positive].mean()), error
+
+
+def costs(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> tuple[list[Cost], bool]:
+    """Return the cost of each strength, in rising order, and whether it was measured on neutral documents.
+
+    These are those of class 0; where there is none, all documents stand in for them.
+    """
+    neutral = np.asarray(classes) == NEUTRAL
+    chosen = sums[neutral] if neutral.any() else sums
+    means = chosen[..., :TOKENS] / chosen[..., TOKENS:]
+    found = []
+    for t in sorted(strengths):
+        part = means[:, list(strengths).index(t)]
+        kl, agreement = float(part[:, KL].mean()), float(part[:, AGREES].mean())
+        found.append(Cost(float(t), kl, standard_error(part[:, KL]), agreement))
+    return found, bool(neutral.any())

@@ -13,6 +13,7 @@ position is a number.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from cadapter.errors import UsageError
 from cadapter.files import new_directory, read_json, refuse_links_out, write_json
+from cadapter.training.resuming import difference
 
 OPTIMISER_STEM = "optimizer"
 OPTIMISER_TAG = "optimiser:"
@@ -45,16 +47,59 @@ class Position:
         tokens: non-padding tokens trained on.
         seconds: time spent in training.
         best_loss: lowest evaluation loss so far.
+        best_step: the step after which it was that.
         evaluated: step after which the last evaluation was made, −1 before the first.
+        unimproved: evaluations since then, none of which had a lower loss.
         skipped: steps left out because a gradient was not finite.
+        sound: the last step after which what is trained was not known to be broken: this one, unless the gradients of
+            the steps after it were not finite.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     best_loss: float | None = None
+    best_step: int = 0
     evaluated: int = -1
+    unimproved: int = 0
     skipped: int = 0
+    sound: int = 0
+
+    def is_enough(self, patience: int | None) -> bool:
+        """Whether ``patience`` evaluations in a row were no improvement; None: never."""
+        return patience is not None and self.unimproved >= patience
+
+    def why_enough(self) -> str:
+        """Why a run stops early, in words."""
+        times = "evaluation" if self.unimproved == 1 else f"{self.unimproved} evaluations"
+        lowest = "" if self.best_loss is None else f"; it was {self.best_loss:.4f} after step {self.best_step} (best/)"
+        return (
+            f"Stopping early after step {self.step}: in the last {times} the loss was not the lowest so far{lowest}.\n"
+            "Raise early_stopping_patience to go on from the checkpoint."
+        )
+
+    def count_evaluation(self, loss: float) -> bool:
+        """Count an evaluation after ``step``; whether its loss is the lowest so far. That before the first counts not.
+
+        Returns False for a loss that is not finite.
+        """
+        self.evaluated = self.step
+        if not self.step:
+            return False
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step, self.unimproved = loss, self.step, 0
+            return True
+        self.unimproved += 1
+        return False
+
+    def count_step(self, step: int, was_skipped: bool) -> None:
+        """Count ``step`` as done, or as skipped."""
+        if not was_skipped:
+            self.sound = step
+        elif self.sound == step - 1:  # what the step before made may be what broke this one
+            self.sound = max(0, step - 2)
+        self.skipped += was_skipped
+        self.step = step
 
 
 @dataclass
@@ -118,6 +163,8 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint ``step-NNNNNN`` under ``directory``, then remove all but the newest ``keep``.
 
+    Where none of these is sound (see :class:`Position`), the newest that is takes the place of the oldest of them.
+
     Args:
         directory: the run's checkpoints/.
         position: where the run stands.
@@ -144,10 +191,27 @@ def save_checkpoint(
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
         write_json(temporary / MANIFEST_FILE, manifest)
-    for old in _in_order(directory)[:-keep]:
-        if old != target:  # damaged ones with later steps may be there, which the run has yet to reach again
+    found = _in_order(directory)
+    kept = found[-keep:]
+    sound = last_sound(directory, position)
+    if sound is not None and sound not in kept:
+        kept = [sound, *kept[1:]]
+    for old in found:
+        # The target stays, too: damaged ones with later steps may be there, which the run has yet to reach again.
+        if old not in kept and old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def last_sound(directory: Path, position: Position) -> Path | None:
+    """The newest checkpoint under ``directory`` whose adapter was not known to be broken at ``position``."""
+    sound = [path for path in _in_order(directory) if int(path.name.removeprefix("step-")) <= position.sound]
+    return sound[-1] if sound else None
+
+
+def unsound(directory: Path, position: Position) -> list[Path]:
+    """The checkpoints under ``directory`` after the last sound one."""
+    return [path for path in _in_order(directory) if int(path.name.removeprefix("step-")) > position.sound]
 
 
 def _in_order(directory: Path) -> list[Path]:
@@ -217,7 +281,7 @@ def check_facts(saved: Saved, facts: dict[str, Any], excused: Collection[str] = 
         UsageError: naming each fact that differs and is not ``excused``, with both values.
     """
     differing = [
-        f"  {name}: {saved.facts.get(name)!r} in the checkpoint, {value!r} now"
+        f"  {difference(name, saved.facts.get(name), value)}"
         for name, value in facts.items()
         if saved.facts.get(name) != value and name not in excused
     ]

@@ -20,7 +20,7 @@ from cadapter.adapters.directory import (
 from cadapter.adapters.lora import LoraBlock
 from cadapter.adapters.lora_directory import LoraAdapterFiles, load_into, read_lora_adapter
 from cadapter.adapters.lora_targets import ModelTargets
-from cadapter.adapters.strengths import load_factors, native_settings, neumann_note, strength_table
+from cadapter.adapters.strengths import existing_strengths, load_factors, native_settings, neumann_note, strength_tables
 from cadapter.config import Config
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import resolve_model
@@ -34,6 +34,10 @@ from cadapter.training.modes.full import FullMode
 from cadapter.training.modes.lora import LoraMode, lora_blocks_of
 from cadapter.training.paired import PairedModel, with_and_without
 
+DEFAULT = (1.0, -1.0)
+SWEEP = (-2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
+"""Strengths at which a control adapter is evaluated where none are named."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -43,18 +47,21 @@ class Subject:
         model, mode: what the pipeline is built of.
         strengths: of the rows of a micro-batch; the first is 0, the base.
         install: gives this stage's pipeline layers what they need once they are built.
-        note: what the user must hear of it, if anything.
+        notes: what the user must hear of it.
     """
 
     model: CausalLM
     mode: Mode
     strengths: list[float]
     install: Callable[[Sequence[nn.Module]], None]
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-def subject_of(config: Config, path: Path, strengths: Sequence[float] | None, world: World) -> Subject:
+def subject_of(config: Config, path: Path, strengths: Sequence[float] | None, sweep: bool, world: World) -> Subject:
     """Read what is to be evaluated; no weight of the base is read yet.
+
+    Args:
+        strengths: of a control adapter; None: those of ``SWEEP`` that exist for it with ``sweep``, else 1 and −1.
 
     Raises:
         UsageError: it does not fit the base, or cannot be turned to these strengths.
@@ -64,7 +71,7 @@ def subject_of(config: Config, path: Path, strengths: Sequence[float] | None, wo
         return _model(config, path, world)
     kind = kind_of(path)
     if kind == "control":
-        return _control(config, read_control_adapter(path), strengths or (1.0, -1.0), world)
+        return _control(config, read_control_adapter(path), strengths, sweep, world)
     if kind == "additive":
         _only_one(strengths, path, "a LoRA")
         return _lora(config, path, world)
@@ -76,14 +83,23 @@ def _only_one(strengths: Sequence[float] | None, path: Path, what: str) -> None:
         raise UsageError(f"{path} is {what}, which has no strengths: leave --strength out.")
 
 
-def _control(config: Config, files: ControlAdapterFiles, strengths: Sequence[float], world: World) -> Subject:
+def _control(
+    config: Config, files: ControlAdapterFiles, strengths: Sequence[float] | None, sweep: bool, world: World
+) -> Subject:
     model = load_base(config, world)
     validate_against(files, model.hidden_size, model.layer_count)
-    rows = [0.0, *dict.fromkeys(t for t in strengths if t != 0)]
+    notes = []
+    if strengths is None and sweep:
+        strengths, wrong = existing_strengths(files, SWEEP)
+        if wrong is not None:
+            absent = ", ".join(f"{t:+g}" for t in SWEEP if t not in strengths)
+            notes.append(f"Left out of the sweep, since they do not exist for this adapter: {absent}.\n{wrong}")
+    rows = [0.0, *dict.fromkeys(t for t in strengths or DEFAULT if t != 0)]
     # Refuse an impossible strength before any weight is read.
-    tables = {layer: strength_table(files, layer, rows) for layer in files.layers}
+    tables = strength_tables(files, rows)
+    notes += [said for said in [neumann_note(files, rows)] if said]
     mode = ControlMode(model, list(files.layers), native_settings(files))
-    return Subject(model, mode, rows, lambda layers: install(layers, files, tables), neumann_note(files, rows))
+    return Subject(model, mode, rows, lambda layers: install(layers, files, tables), tuple(notes))
 
 
 def install(layers: Sequence[nn.Module], files: ControlAdapterFiles, tables: dict[int, list[Transform]]) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from cadapter.adapters.trained import Norms, Trained
 from cadapter.config import Config
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
-from cadapter.errors import Stopped
+from cadapter.errors import CadapterError, Stopped
 from cadapter.files import new_directory
+from cadapter.models.device import memory_in_words, peak_memory
 from cadapter.models.layers import DecoderLayer
-from cadapter.terminal import warn
+from cadapter.terminal import note, warn
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
 from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world
 from cadapter.training.engine import Pipeline, PipelineBatch
@@ -33,9 +34,11 @@ from cadapter.training.recompute import slower
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import settings_of
 from cadapter.training.run_directory import RunDirectory
+from cadapter.training.samples import Sampler
 from cadapter.training.schedule import evaluation_steps, schedule_factor
 from cadapter.training.signals import StopSignals
-from cadapter.training.state import Position, save_checkpoint, tagged
+from cadapter.training.state import Position, last_sound, save_checkpoint, tagged, unsound
+from cadapter.training.warnings import ClassWatch, NormWatch
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Run:
     batches: StepBatches
     evaluation: EvaluationBatches | None
     evaluation_accumulation: int
+    sampler: Sampler | None
     facts: dict[str, Any]
     position: Position
 
@@ -72,6 +76,7 @@ class _Pending:
     step_tokens: int
     lr: float
     gradient_norm: float
+    skipped: int
     numbers: Tensor
     report_shape: torch.Size
     arrived: Any
@@ -82,6 +87,7 @@ class Trainer:
 
     Raises (from :meth:`train`):
         Stopped: a signal asked for it; a checkpoint was written first.
+        CadapterError: too many steps were skipped.
     """
 
     def __init__(self, run: Run, reporter: Reporter | None, signals: StopSignals) -> None:
@@ -95,12 +101,16 @@ class Trainer:
         self._last_checkpoint = time.monotonic()
         self._checkpointed_step = self.position.step
         self._told_bound = False
+        self._norm_watch, self._class_watch = NormWatch(), ClassWatch(run.evaluation is not None)
 
     def train(self) -> None:
         """Take all remaining steps; afterwards ``final/`` is there."""
         self._evaluate_if_due()
-        while self.position.step < self.run.plan.total_steps:
+        while self.position.step < self.run.plan.total_steps and not self.position.is_enough(self._patience):
             stop, save = self._step()
+            if self.position.skipped > self.run.config.max_skipped_steps:
+                self._flush()
+                raise self._too_many_skipped()
             epoch_done = self.position.step % self.run.plan.steps_per_epoch == 0
             self._evaluate_if_due()
             if epoch_done:
@@ -114,6 +124,30 @@ class Trainer:
         self._save_checkpoint()
         self._save_adapter(self.run.directory.final)
 
+    @property
+    def _patience(self) -> int | None:
+        return self.run.config.early_stopping_patience if self.run.evaluation is not None else None
+
+    def _too_many_skipped(self) -> CadapterError:
+        """What ends a run whose gradients are not finite any more, and from where it can go on."""
+        config, position, checkpoints = self.run.config, self.position, self.run.directory.checkpoints
+        found, broken = last_sound(checkpoints, position), [path.name for path in unsound(checkpoints, position)]
+        remove = f"; remove {', '.join(broken)}, written when gradients were no longer finite" if broken else ""
+        decay = "" if config.full_fine_tune else " or raise lora_weight_decay"
+        go_on = "go on: --resume-from-checkpoint" if found else "start again: --force"
+        return CadapterError(
+            f"Step {position.step}: {position.skipped} steps were skipped, since a gradient was not finite; "
+            f"max_skipped_steps = {config.max_skipped_steps} allows no more.\n"
+            + (f"The last good checkpoint is {found}{remove}.\n" if found else "There is no good checkpoint.\n")
+            + f"Lower lr (it is {config.lr:g}){decay}, and {go_on} --set lr=VALUE"
+        )
+
+    def _enter(self, phase: str) -> None:
+        """Something else begins: tell the other processes, and whoever watches."""
+        self.run.world.watch.enter(phase)
+        if self.reporter is not None:
+            self.reporter.phase(phase)
+
     # ---- one step -------------------------------------------------------------------------------------------------
 
     def _step(self) -> tuple[int, bool]:
@@ -121,6 +155,8 @@ class Trainer:
         run, step = self.run, self.position.step + 1
         started = time.monotonic()
         run.world.watch.enter(f"step {step}")
+        if self.reporter is not None:
+            self.reporter.phase("training")
         lr = run.config.lr * self._schedule(step)
         self._forward_and_backward(step)
         # While the GPU works on that: report the step before, read the sequences of the step after.
@@ -129,19 +165,20 @@ class Trainer:
             self._prefetched = step + 1, self._micro_batches(step + 1)
         run.gradients.reduce(run.groups)
         norm, stop, save = self._agree()
+        self.position.count_step(step, was_skipped=not math.isfinite(norm))
         if math.isfinite(norm):
             clip = run.config.gradient_clipping
             run.optimiser.step(lr, clip / (norm + 1e-6) if clip else 1.0, run.gradients)
             report = run.trained.after_step(lr)
         else:
-            self.position.skipped += 1
             report = run.trained.after_step(0.0)
             if run.world.is_main:
                 warn(f"step {step}: a gradient is not finite; the step is skipped ({self.position.skipped} so far).")
         run.gradients.clear()
-        numbers = torch.cat([run.loss.take_sums(), report.flatten() * (run.layout.replica == 0)])
+        memory = torch.zeros(run.world.size, dtype=torch.float64, device=run.world.device)
+        memory[run.world.rank] = peak_memory(run.world.device)
+        numbers = torch.cat([run.loss.take_sums(), memory, report.flatten() * (run.layout.replica == 0)])
         tokens = run.batches.totals(step).tokens
-        self.position.step = step
         self.position.tokens += tokens
         seconds = time.monotonic() - started
         self.position.seconds += seconds
@@ -223,6 +260,7 @@ class Trainer:
             tokens,
             lr,
             norm,
+            position.skipped,
             summed,
             report_shape,
             arrived,
@@ -236,7 +274,8 @@ class Trainer:
         if pending.arrived is not None:
             pending.arrived.synchronize()
         sums = dict(zip(SUMS, pending.numbers[: len(SUMS)].tolist(), strict=True))
-        norms = self.run.trained.norms(pending.numbers[len(SUMS) :].view(pending.report_shape))
+        memory, report = pending.numbers[len(SUMS) :].split([self.run.world.size, pending.report_shape.numel()])
+        norms = self.run.trained.norms(report.view(pending.report_shape))
         if norms is not None:
             self._tell_bound(norms, pending)
         totals = self.run.batches.totals(pending.step)
@@ -244,11 +283,18 @@ class Trainer:
             "train/lr": pending.lr,
             "train/grad_norm": pending.gradient_norm,
             "train/tokens_per_second": pending.step_tokens / max(pending.step_seconds, 1e-9),
+            "train/skipped_steps": pending.skipped,
             **(norms.metrics() if norms else {}),
         }
         epoch = self.run.plan.epoch_of(pending.step)
-        histogram = norms.frobenius if norms else None
-        self.reporter.training_step(pending.step, epoch, pending.tokens, pending.seconds, values, histogram)
+        self.reporter.training_step(
+            pending.step, epoch, pending.tokens, pending.seconds, values, norms.frobenius if norms else None,
+            norms.guideline if norms else None, memory_in_words(memory.max().item(), self.run.world.device),
+        )  # fmt: skip
+        passed = self._norm_watch.look(norms.guideline if norms else None)
+        apart = self._class_watch.after_step(values.get("train/loss_pos"), values.get("train/loss_neg"))
+        for text in filter(None, [passed, apart]):
+            warn(f"step {pending.step}: {text}")
 
     def _tell_bound(self, norms: Norms, pending: _Pending) -> None:
         """Say once that the bound of the weight decay acts."""
@@ -282,7 +328,7 @@ class Trainer:
         if run.evaluation is None or step not in self._evaluations or self.position.evaluated >= step:
             return
         self._flush()
-        run.world.watch.enter(f"evaluation after step {step}")
+        self._enter(f"evaluation after step {step}")
         run.loss.take_sums()
         count = len(run.evaluation) * run.evaluation_accumulation
         run.pipeline.evaluate(evaluation_micro_batches(run.evaluation, run.loss.settings), count)
@@ -290,19 +336,35 @@ class Trainer:
         sums = dict(zip(SUMS, numbers.tolist(), strict=True))
         neutral = sum(run.evaluation.totals(number).neutral for number in range(len(run.evaluation)))
         values = self._loss_metrics("eval", sums, neutral)
-        self.position.evaluated = step
+        epoch = run.plan.epoch_of(max(step, 1))
         if self.reporter is not None:
-            epoch = run.plan.epoch_of(max(step, 1))
             self.reporter.evaluation(step, epoch, self.position.tokens, self.position.seconds, values)
-        loss = values.get("eval/loss", math.inf)
-        if step and (self.position.best_loss is None or loss < self.position.best_loss):
-            self.position.best_loss = loss
+            apart = self._class_watch.after_evaluation(values.get("eval/loss_pos"), values.get("eval/loss_neg"))
+            if apart:
+                warn(f"evaluation after step {step}: {apart}")
+        self._write_samples(epoch)
+        if self.position.count_evaluation(values.get("eval/loss", math.inf)):
             self._save_adapter(run.directory.best)
+        if self.position.is_enough(self._patience) and step < run.plan.total_steps and run.world.is_main:
+            note(self.position.why_enough())
+
+    def _write_samples(self, epoch: int) -> None:
+        """Continue the config's prompts with what is trained as it is now."""
+        run, position = self.run, self.position
+        if run.sampler is None:
+            return
+        self._enter(f"samples after step {position.step}")
+        samples, trouble = run.sampler.samples()
+        if self.reporter is None:
+            return
+        if trouble:
+            warn(f"samples after step {position.step}: none at strength −1: {trouble}")
+        self.reporter.samples(position.step, epoch, position.tokens, position.seconds, samples)
 
     def _save_adapter(self, target: Path) -> None:
         """Write what is trained, of all stages, as directory ``target``, replacing an earlier one whole."""
         run = self.run
-        run.world.watch.enter(f"writing {target.name}")
+        self._enter(f"writing {target.name}")
 
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
             with new_directory(target, force=True) as temporary:
@@ -318,7 +380,7 @@ class Trainer:
         if self._checkpointed_step == self.position.step:
             return
         self._flush()
-        run.world.watch.enter(f"writing the checkpoint of step {self.position.step}")
+        self._enter(f"writing the checkpoint of step {self.position.step}")
         own = run.trained.parameters().keys() - run.trained.copies
         moments = tagged(run.optimiser.state(own))
 

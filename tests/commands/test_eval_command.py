@@ -22,6 +22,8 @@ from cadapter.adapters.directory import (
     write_control_adapter,
 )
 from cadapter.adapters.factors import LowRank
+from cadapter.commands import eval as eval_command
+from cadapter.config import Config, DatasetConfig
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, prepare_data
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
@@ -107,6 +109,12 @@ class PlainScorer:
         correct = (adapted.argmax(-1) == targets).double()
         return (*(float(each[scored].mean()) for each in (loss, correct, kl)), int(scored.sum()))
 
+    def agreement(self, document: HeldOutDocument, strength: float) -> float:
+        """Share of the scored tokens where base and adapted find the same one most probable."""
+        scored = torch.from_numpy(document.trained[1:].copy())
+        tops = [self.log_probabilities(document, t).argmax(-1)[scored] for t in (0.0, strength)]
+        return float((tops[0] == tops[1]).double().mean())
+
 
 def evaluate(config: Path, json_file: Path, *options: object) -> tuple[list[dict], list[dict], str]:
     """Run ``eval``: scores, contrasts, what was printed."""
@@ -153,9 +161,14 @@ def test_scores_equal_a_plain_computation_per_document(
             "perplexity": math.exp(statistics.mean(loss)),
             "top1_accuracy": statistics.mean(correct),
             "kl": statistics.mean(kl),
+            "perplexity_se": math.exp(statistics.mean(loss)) * statistics.stdev(loss) / math.sqrt(len(loss)),
+            "kl_se": statistics.stdev(kl) / math.sqrt(len(kl)),
+            "top1_agreement": statistics.mean(plain.agreement(document, score["strength"]) for document in mine),
         }
         assert {name: score[name] for name in expected} == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
         assert (score["documents"], score["tokens"]) == (len(mine), sum(tokens))
+        assert score["cut_documents"] == sum(document.left_out > 0 for document in mine)
+        assert score["left_out_tokens"] == sum(document.left_out for document in mine)
         assert score["control_class"] == (1 if score["dataset"] == "positive" else -1)
         assert (score["kl"] == 0) == (score["strength"] == 0)
     for t in STRENGTHS:
@@ -174,6 +187,14 @@ def test_scores_equal_a_plain_computation_per_document(
     }
     assert {name: pair[name] for name in expected} == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
     assert "Contrast at ±1" in printed
+    cut, tokens = (
+        sum(each[name] for each in scores if not each["strength"]) for name in ("cut_documents", "left_out_tokens")
+    )
+    assert cut > 0
+    assert f"{cut} of {len(documents)} documents are longer than a sequence" in printed
+    assert (
+        f"{tokens:,} of {tokens + sum(len(document.ids) for document in documents):,} tokens are not scored" in printed
+    )
 
 
 @pytest.mark.processes
@@ -240,11 +261,15 @@ def test_the_adapter_that_a_run_offers(tmp_path: Path) -> None:
         ([], ("no trained adapter", "--adapter")),
         (["--adapter", "{adapter}", "--data", "{root}/positive.jsonl"], ("FILE:CLASS",)),
         (["--adapter", "{adapter}", "--data", "{root}/none.jsonl:1"], ("none.jsonl",)),
-        (["--adapter", "{adapter}", "--json", "{root}/none/x.json"], ("none",)),
+        (["--adapter", "{adapter}", "--json", "{root}/model"], ("model is a directory",)),
+        (["--adapter", "{adapter}", "--html", "{root}/positive.jsonl/x.html"], ("positive.jsonl is a file",)),
+        (["--adapter", "{adapter}", "--strength", "1:2"], ("--strength 1:2", "FROM:TO:STEP")),
+        (["--adapter", "{adapter}", "--kl-budget", "0"], ("--kl-budget 0", "above 0")),
+        (["--adapter", "{adapter}", "--neutral", "{root}/none.jsonl"], ("none.jsonl",)),
         (["--adapter", "{adapter}", "--set", "eval_fraction=0"], ("eval_fraction", "--data")),
     ],
-    ids=["another-hidden-size", "no-adapter", "missing-adapter", "no-run", "no-class", "missing-texts", "no-place",
-         "nothing-held-out"],
+    ids=["another-hidden-size", "no-adapter", "missing-adapter", "no-run", "no-class", "missing-texts", "no-file",
+         "no-folder", "no-range", "no-budget", "no-neutral-texts", "nothing-held-out"],
 )  # fmt: skip
 def test_mistakes(
     command_project: Project, config: Path, adapter: Path, tmp_path: Path, options: list[str], words: tuple[str, ...]
@@ -418,3 +443,14 @@ def test_what_does_not_fit_its_base_is_refused(
     for word in words:
         assert word in done.stderr
     assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(("keys", "chat"), [({}, False), ({"messages_field": "messages"}, True)])
+def test_what_comes_next_knows_chats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, str], chat: bool
+) -> None:
+    """A full model needs no adapter; its prompts are turns where its texts were."""
+    dataset = DatasetConfig(dataset_path="d.jsonl", **keys)
+    config = Config(model_dir="m", output_dir="o", lr=1.0, sequence_len=64, full_fine_tune=True, datasets=(dataset,))
+    eval_command._note_next(config, tmp_path)
+    assert capsys.readouterr().out.split() == f"Next: cadapter generate {tmp_path} PROMPT{' --chat' * chat}".split()

@@ -59,7 +59,7 @@ def generate(*arguments, stdin: str | None = None):
 
 
 def texts(result) -> dict[str, str]:
-    """What was printed under each heading."""
+    """What was printed under each heading, but for the next command to try."""
     assert result.exit_code == 0, result.stderr
     parts, heading = {}, ""
     for line in result.stdout.removesuffix("\n").split("\n"):
@@ -67,6 +67,8 @@ def texts(result) -> dict[str, str]:
             heading = line.strip("- ")
         else:
             parts[heading] = parts[heading] + "\n" + line if heading in parts else line
+    if "--- next ---" in result.stdout:
+        assert parts.pop("next").startswith("cadapter ")
     return parts
 
 
@@ -277,11 +279,11 @@ def test_no_prompt_at_a_terminal():
         (["--adapter", "ADAPTER", "--strength", "nan"], "layer 0: the strength nan is not a finite number"),
         (["--adapter", "no/such/directory"], "no/such/directory is not a directory."),
         (["--adapter", "MODEL"], "is not an adapter directory: it has no adapter_config.json"),
-        (["--temperature", "-1"], "--temperature must be 0"),
-        (["--temperature", "nan"], "--temperature must be 0"),
-        (["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0."),
-        (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, not 1.5."),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0."),
+        (["--temperature", "-1"], "give 0 (the most probable token) or above"),
+        (["--temperature", "nan"], "give 0 (the most probable token) or above"),
+        (["--top-p", "0"], "--top-p 0: give a number above 0 and at most 1."),
+        (["--top-p", "1.5"], "--top-p 1.5: give a number above 0 and at most 1."),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: give at least 1."),
         (["--dtype", "int4"], "int4"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--chat"], "the tokenizer has no chat template"),

@@ -259,7 +259,6 @@ def test_right_values(load, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "attn_implementation = 'flex_attention'",
         "trust_remote_code = true",
     ],
 )
@@ -337,6 +336,19 @@ def test_a_config_made_in_python_is_checked_too() -> None:
         Config(**keys, datasets=suppressed)
 
 
+def test_messages_of_a_config_made_in_python_are_ours() -> None:
+    keys = {"model_dir": "m", "output_dir": "o", "lr": 1e-5, "sequence_len": 64}
+    suppressed = (DatasetConfig(dataset_path="a", control_class=-1),)
+    for wrong, says in (
+        ({"datasets": suppressed}, "only Control Adapters know classes"),
+        ({"datasets": ()}, "no data to train on"),
+        ({"datasets": suppressed, "use_control_adapters": True, "layers_to_transform": "x"}, "is no range of layers"),
+    ):
+        with pytest.raises(ValueError, match=says) as caught:
+            Config(**keys, **wrong)
+        assert "Value error" not in str(caught.value)
+
+
 def test_overrides_replace_what_the_file_says(load) -> None:
     config = load(
         QUICK_START,
@@ -380,7 +392,7 @@ def test_an_override_mends_a_wrong_value_and_adds_a_missing_one(load) -> None:
         ("datasets.1=5", "a dataset is a table"),
         ("class_weights.5=1", "unknown key"),
         ("class_weights={ positive = -1 }", "give a number of at least 0"),
-        ("attn_implementation=flex_attention", "not supported yet"),
+        ("trust_remote_code=true", "not supported yet"),
         ('target_modules=["q_proj"]', "Control Adapters act on whole layers"),
     ],
 )

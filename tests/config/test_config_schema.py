@@ -84,6 +84,12 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "drop_tails": False,
         "max_sequences": None,
         "overlength": None,
+        "early_stopping_patience": None,
+        "sample_prompts": [],
+        "sample_max_new_tokens": 64,
+        "sample_temperature": 0.0,
+        "sample_chat": None,
+        "max_skipped_steps": 10,
         "trust_remote_code": False,
     }
     given = {"model_dir", "output_dir", "lr", "sequence_len", "use_control_adapters", "datasets"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cadapter.convert.merge import merge_model
 from cadapter.convert.operators import Dial
 from cadapter.convert.plan import make_recipe
 from cadapter.convert.probe import probe_rows
+from cadapter.data import Tokenizer
 from cadapter.models.checkpoint import Checkpoint
 from tests.convert.conftest import logits_of, steered_logits
 from tests.steered_models import TOKENIZED
@@ -186,6 +188,29 @@ def test_the_text_can_be_chosen(with_tokenizer, make_adapter, tmp_path):
     [row] = probe_rows(Checkpoint(base), tmp_path / "text.txt")
     assert f"over {row.shape[1]} tokens" in result.stdout
     assert row[0, 0] == TOKENIZED["bos_token_id"]
+
+
+def test_the_text_can_be_records(with_tokenizer, make_adapter, tmp_path):
+    base, file = with_tokenizer("llama"), tmp_path / "texts.jsonl"
+    texts = ["The first of the texts, which is long enough.", "x", "The second of them, which is as long."]
+    file.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
+    rows = probe_rows(Checkpoint(base), file)
+    fast = Tokenizer(base).fast
+    assert [fast.decode(row[0, 1:]) for row in rows] == [texts[0], texts[2]]
+    assert all(row[0, 0] == TOKENIZED["bos_token_id"] for row in rows)
+    file.write_text("".join(json.dumps({"text": texts[0]}) + "\n" for _ in range(10_000)))
+    assert 8 * 40 < sum(row.shape[1] for row in probe_rows(Checkpoint(base), file)) < 3 * 2048
+    file.write_text('{"content": "x"}\n')
+    result = run("merge", base, make_adapter(base), tmp_path / "out", "--verify", "--text", file)
+    assert (result.exit_code, "line 1: there is no 'text' (fields: content)" in result.stderr) == (2, True)
+
+
+def test_what_a_comparison_of_loras_proves_is_said(with_tokenizer, make_adapter, tmp_path):
+    base, adapter = with_tokenizer("llama"), make_adapter(with_tokenizer("llama"))
+    assert run("to-add-lora", base, adapter, tmp_path / "lora").exit_code == 0
+    said = run("merge", base, tmp_path / "lora", tmp_path / "one", "--verify").stdout
+    assert "not that peft applies the LoRA in the same way" in said
+    assert "peft" not in run("merge", base, adapter, tmp_path / "two", "--verify").stdout
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,12 @@ def test_force_builds_the_same_dataset_once(file: Path, make_config: MakeConfig)
         (MANIFEST, lambda data: None, "damaged: no usable manifest.json"),
         (MANIFEST, lambda data: data[: len(data) // 2], "damaged: no usable manifest.json"),
         (MANIFEST, lambda data: b"[]", "damaged: no usable manifest.json"),
+        # Files of another version: made anew under the same key, so that a run's fingerprint stays what it was.
+        (
+            MANIFEST,
+            lambda data: data.replace(b'"layout"', b'"other"'),
+            "damaged: its files are those of another version",
+        ),
     ],
 )
 def test_damage_is_repaired(file: Path, make_config: MakeConfig, name: str, change: Any, reason: str) -> None:

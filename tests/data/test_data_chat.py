@@ -104,13 +104,20 @@ def by_hand(golden: str) -> list[tuple[str, bool]]:
 def prepare(tmp_path: Path, make_config: MakeConfig):
     """``prepare(template, records, config keys …, dataset={…})`` → prepared data."""
 
-    def run(template: str | None, records: list[Any], dataset: dict[str, Any] | None = None, **keys: Any):
+    def run(
+        template: str | None,
+        records: list[Any],
+        dataset: dict[str, Any] | None = None,
+        skip_bad: int | None = None,
+        **keys: Any,
+    ):
         model = tmp_path / "chat-model"
         make_chat_tokenizer(model, template)
         file = tmp_path / "chats.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         table = {"dataset_path": str(file), **({"messages_field": "messages"} if dataset is None else dataset)}
-        return prepare_data(make_config([table], **{"model_dir": str(model), "eval_fraction": 0, **keys}))
+        config = make_config([table], **{"model_dir": str(model), "eval_fraction": 0, **keys})
+        return prepare_data(config, skip_bad=skip_bad)
 
     return run
 
@@ -256,6 +263,18 @@ def test_what_is_refused(prepare, case: str) -> None:
     template, messages, says = REFUSED[case]
     with pytest.raises(UsageError, match=re.escape(says)):
         prepare(template, [{"messages": messages}])
+
+
+@pytest.mark.parametrize("skip_bad", [0, 1000])
+def test_a_missing_chat_template_is_one_error_and_no_bad_record(prepare, skip_bad: int) -> None:
+    with pytest.raises(UsageError) as refused:
+        prepare(None, [{"messages": SYSTEM}] * 3, skip_bad=skip_bad)
+    told = str(refused.value)
+    assert re.fullmatch(
+        r".*chat-model: the tokenizer has no chat template, which the chats of the data need\.\n"
+        r"Use the model's instruction-tuned version, or put a chat_template\.jinja into .*chat-model\.",
+        told,
+    )
 
 
 @pytest.mark.parametrize("case", ["no answer", "rewrites", "fails", "answer first"])

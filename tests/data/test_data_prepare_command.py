@@ -102,9 +102,11 @@ def test_bad_records_are_left_out_and_listed(
 ) -> None:
     with (tmp_path / "good.jsonl").open("a") as file:
         file.write('{"text": 3}\n{"text"\n')
-    with pytest.raises(UsageError, match=r"good\.jsonl, line 22: (.|\n)*cadapter prepare CONFIG --skip-bad N"):
+    with pytest.raises(UsageError, match=r"good\.jsonl, line 22: (.|\n)*cadapter prepare CONFIG --skip-bad 2"):
         command(config_file)
-    with pytest.raises(UsageError, match=r"More than 1 records(.|\n)*good\.jsonl, line 23"):
+    with pytest.raises(
+        UsageError, match=r"2 records cannot be used, and --skip-bad allows 1(.|\n)*good\.jsonl, line 23"
+    ):
         command(config_file, skip_bad=1)
     for _ in range(2):  # built, then found
         capsys.readouterr()
@@ -122,6 +124,71 @@ def test_bad_records_are_left_out_and_listed(
     used = prepare_data(load_config(config_file)).reports[0]  # as train does
     assert (used.cache_hit, len(used.bad_records)) == (True, 2)
     assert "2 records that cannot be used are left out" in capsys.readouterr().err
+
+
+def test_bad_records_are_all_told_at_once(config_file: Path, tmp_path: Path) -> None:
+    bad = ['{"text": 3}', '{"text"', '["x"]', '{"other": "y"}']
+    with (tmp_path / "good.jsonl").open("a") as file:
+        file.write("\n".join(bad) + "\n")
+    with pytest.raises(UsageError) as refused:
+        command(config_file)
+    lines = str(refused.value).splitlines()
+    good = tmp_path / "good.jsonl"
+    assert lines == [
+        "4 records cannot be used:",
+        f"{good}, line 22: 'text' must be a string, but is a number.",
+        f"{good}, line 23: broken JSON: Expecting ':' delimiter (column 8).",
+        f"{good}, line 24: expected an object with 'text', found a list.",
+        f"{good}, line 25: there is no 'text' (fields: other).",
+        "Correct them, or leave them out: cadapter prepare CONFIG --skip-bad 4",
+    ]
+    with pytest.raises(
+        UsageError, match=r"^4 records cannot be used, and --skip-bad allows 2:\n(.*\n){4}.*--skip-bad 4$"
+    ):
+        command(config_file, skip_bad=2)
+
+
+def test_of_very_many_bad_records_the_first_are_told(config_file: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "good.jsonl", [*GOOD, *range(2000)])
+    with pytest.raises(UsageError) as refused:
+        command(config_file)
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "10 records cannot be used, and there may be more behind them:"
+    assert [int(re.search(r"line (\d+):", line)[1]) for line in lines[1:-1]] == list(range(21, 31))
+    with pytest.raises(UsageError, match=r"^110 records cannot be used, and --skip-bad allows 100; .* The first 10:\n"):
+        command(config_file, skip_bad=100)
+
+
+def test_bad_records_of_several_datasets_are_told_together(config_file: Path, tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write('{"text": 3}\n')
+    with pytest.raises(
+        UsageError, match=r"^2 records cannot be used:\n.*good\.jsonl, line 22.*\n.*bad\.jsonl, line 21"
+    ):
+        command(config_file, overrides=["mix_datasets=true"])
+
+
+def test_texts_in_more_than_one_class_are_shown_with_their_places(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # built, then from the cache
+        command(config_file)
+        said = capsys.readouterr().err
+        for number in range(5):
+            good, plain = (f"{tmp_path / name}.jsonl, line {number + 1}" for name in ("good", "plain"))
+            assert f"'good fox {number}': {good} (+1); {plain} (0)\n" in said
+        assert "good fox 5" not in said
+        assert "and 35 more" in said
+
+
+def test_the_tokens_of_prepare_and_train_are_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(config_file)
+    data = prepare_data(load_config(config_file))
+    tokens, documents = int(data.train.tokens.sum()), sum(report.tokens for report in data.reports)
+    assert tokens == documents + len(data.train)  # a BOS each
+    screen = " ".join(capsys.readouterr().out.split())
+    assert f"{tokens:,} tokens to train on, with the prefix of each sequence, as train counts them." in screen
 
 
 def test_hits_misses_and_force(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

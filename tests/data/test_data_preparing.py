@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cadapter.classes import NO_CLASS
-from cadapter.data import PackedSequences, PreparedData, documents_from_file, prepare_data
+from cadapter.data import PackedSequences, PreparedData, documents_from_file, fingerprint_of, prepare_data
 from cadapter.errors import UsageError
 from tests.data.conftest import MakeConfig, write_jsonl
 from tests.tiny_tokenizer import BOS, EOS, make_tokenizer
@@ -80,6 +80,12 @@ def test_held_out_documents_stand_alone(tmp_path: Path, make_config: MakeConfig,
     assert {(document.dataset, document.control_class) for document in again} == {("a", 1)}
     lengths = {len(document.ids) for document in again}
     assert max(lengths) == 64 > min(lengths)
+    whole = [1 + len(doc) + len(body) + 1 for body in bodies]
+    assert sorted(document.left_out for document in again) == sorted(max(0, length - 64) for length in whole)
+    for document in data.documents:  # the cache keeps what was cut
+        assert document.left_out in {each.left_out for each in again if each.ids.tolist() == document.ids.tolist()}
+    assert fingerprint_of(config) == data.fingerprint
+    assert fingerprint_of(make_config({file: 1}, eval_fraction=0.5, mask_tokens=2)) != data.fingerprint
 
 
 def test_a_text_with_its_own_bos(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
-from cadapter.models.attention import KERNELS, KernelTimes, time_kernels
+from cadapter.models.attention import BLOCK_MASKS, KERNELS, KernelTimes, time_kernels
 
 CONFIG = LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
 
@@ -30,9 +30,25 @@ def test_what_no_kernel_can_do_is_done_without_them():
         assert torch.equal(scaled_dot_product_attention(query, query, query, is_causal=True), expected)
 
 
+def test_the_fastest_may_be_one_that_pytorch_does_not_choose_from():
+    times = KernelTimes({BLOCK_MASKS: 0.96, "cuDNN": 3.18})
+    assert times.fastest == BLOCK_MASKS
+    with times.preferred():
+        query = torch.randn(1, 4, 8, 16)
+        assert scaled_dot_product_attention(query, query, query).shape == query.shape
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are of GPUs")
 def test_kernels_are_timed_where_there_are_any():
     times = time_kernels(CONFIG, 1, 256, torch.bfloat16, torch.device("cuda"))
     assert times is not None
     assert times.milliseconds.keys() <= KERNELS.keys()
     assert list(times.milliseconds.values()) == sorted(times.milliseconds.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are of GPUs")
+def test_isolated_documents_are_timed_with_masks():
+    times = time_kernels(CONFIG, 1, 2048, torch.bfloat16, torch.device("cuda"), isolated=True, block_masks=True)
+    assert times is not None
+    assert BLOCK_MASKS in times.milliseconds
+    assert "flash" not in times.milliseconds  # takes no mask

@@ -18,7 +18,7 @@ from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import CausalLM
 from tests.isolated_documents import CARRIER, CUTS, documents, positions, rows, with_others_changed
 from tests.joined_processes import run_processes_well
-from tests.tiny_models import CONFIGS, FAMILY_NAMES, SHAPE, WINDOW
+from tests.tiny_models import CONFIGS, FAMILY_NAMES, SHAPE, WINDOW, make_model
 from tests.tiny_pipeline import CAPPED_ATTENTION, builder, hugging_faces, layers_of, output_logits
 
 EXACT = 2e-5
@@ -178,3 +178,52 @@ def test_a_block_is_tried_with_its_weights(tiny_model: MakeModel, name: str) -> 
         check_block(model, block, index)
         with pytest.raises(UsageError, match=f"its block {index} mixes documents in other ways than attention"):
             check_block(model, _LooksBack(block), index)
+
+
+def test_block_masks_are_seen_to_keep_documents_apart(tiny_model: MakeModel) -> None:
+    """FlexAttention's masks, as transformers makes them, against positions that do and that do not begin again."""
+    model = CausalLM(tiny_model("llama"), torch.float32)
+    model.attend_by_block_masks()
+    check_isolation(model)
+    model.isolating_arguments = lambda where: model.block_arguments(where.shape[1])  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="no mask that keeps documents apart"):
+        check_isolation(model)
+
+
+def with_flex_attention(directory: Path, device: str) -> list[list[nn.Module]]:
+    """The layers of a model twice: with dense masks and with FlexAttention's."""
+    both = []
+    for by_blocks in (False, True):
+        stages = builder(directory, carrier=CARRIER, device=device)
+        if not stages.model.takes_block_masks or stages.model.attention != "sdpa":
+            pytest.skip("the family has no FlexAttention")
+        both.append(layers_of(stages))
+        if by_blocks:
+            stages.model.attend_by_block_masks()
+    return both
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_block_masks_give_what_dense_masks_give(tiny_model: MakeModel, name: str) -> None:
+    """Every family's, its windows too. On the CPU FlexAttention has no backward pass, and is not compiled here."""
+    dense, blocks = with_flex_attention(tiny_model(name), "cpu")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected, found = (run(layers, *rows(), positions()) for layers in (dense, blocks))
+    for row, begin, stop in documents():
+        torch.testing.assert_close(found[row, begin:stop], expected[row, begin:stop], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
+def test_gradients_with_block_masks_are_those_with_dense_masks(tmp_path: Path) -> None:
+    make_model("llama", head_dim=16).save_pretrained(tmp_path)  # the kernel wants 16
+    dense, blocks = with_flex_attention(tmp_path, "cuda")
+    for layers in (dense, blocks):
+        logits = run(layers, *rows(), positions())
+        torch.cat([logits[row, begin:stop] for row, begin, stop in documents()]).square().mean().backward()
+    trained = [[p for layer in layers for p in layer.parameters() if p.requires_grad] for layers in (dense, blocks)]
+    assert trained[0]
+    for one, other in zip(*trained, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        # The compiled kernel takes sums in another order, of float32 products.
+        assert (one.grad - other.grad).norm() <= 1e-3 * one.grad.norm()

@@ -307,7 +307,9 @@ def test_rows_compared_with_the_first(rows_in_a_chunk, dtype, own_heads, facts):
         torch.testing.assert_close(found.nll[k].double(), nll, rtol=TOLERANCE, atol=TOLERANCE)
         torch.testing.assert_close(found.kl[k].double(), kl, rtol=1e-5, atol=TOLERANCE)  # a sum of differences
         assert torch.equal(found.correct[k] > 0, counted & (log.argmax(1) == targets.squeeze(1)))
+        assert torch.equal(found.agrees[k] > 0, counted & (log.argmax(1) == logs[0].argmax(1)))
     assert found.kl[0].count_nonzero() == 0
+    assert 0 < found.agrees[2].sum() < counted.sum()
     assert (found.kl[2][counted] > 0).all()
     assert found.kl.dtype == found.nll.dtype == torch.float32
 

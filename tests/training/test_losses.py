@@ -282,7 +282,8 @@ def test_documents_compared_under_several_strengths():
         HeadInputs(hidden, [weight], LogitFacts(), torch.zeros(3, 6), None),
         (torch.full((3, 6), IGNORED_LABEL), torch.tensor([-1])),
     )
-    (index, sums), (filler, nothing) = loss.results
+    (index, sums), (filler, nothing) = loss.take_results()
+    assert loss.take_results() == []
     assert (index, filler) == (7, -1)
     assert nothing.count_nonzero() == 0
     counted = labels >= 0
@@ -290,5 +291,7 @@ def test_documents_compared_under_several_strengths():
     nll = -logs.gather(2, labels[counted].expand(3, -1).unsqueeze(2)).squeeze(2)
     kl = (logs[0].exp() * (logs[0] - logs)).sum(-1)
     hits = (logs.argmax(-1) == labels[counted]).double()
-    expected = torch.stack([nll.sum(1), hits.sum(1), kl.sum(1), torch.full((3,), 4.0, dtype=torch.float64)], dim=1)
+    agrees = (logs.argmax(-1) == logs[0].argmax(-1)).double()
+    tokens = torch.full((3,), 4.0, dtype=torch.float64)
+    expected = torch.stack([nll.sum(1), hits.sum(1), kl.sum(1), agrees.sum(1), tokens], dim=1)
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)  # float32 logits

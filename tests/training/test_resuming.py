@@ -36,9 +36,9 @@ def test_files_may_move_and_datasets_not_come_and_go(tmp_path: Path) -> None:
     assert compare(tmp_path, 'datasets.0.dataset_path="other.jsonl"')[0].startswith("datasets.0.dataset_path: ")
     before, more = settings(tmp_path), settings(tmp_path)
     more["datasets"].append({**more["datasets"][0], "control_class": -1})
-    with pytest.raises(UsageError, match=r"datasets\.1\.control_class: None in the checkpoint, -1 now"):
+    with pytest.raises(UsageError, match=r"datasets\.1\.control_class: not set in the checkpoint, -1 now"):
         compare_settings(before, more, set(), "step-000010")
-    with pytest.raises(UsageError, match=r"datasets\.1\.control_class: -1 in the checkpoint, None now"):
+    with pytest.raises(UsageError, match=r"datasets\.1\.control_class: -1 in the checkpoint, not set now"):
         compare_settings(more, before, set(), "step-000010")
 
 

@@ -53,3 +53,39 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there_is_nobodys(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "missing").claim()
     assert not (tmp_path / "missing").exists()
+
+
+def fill(directory: Path, *names: str) -> None:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("precious")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_with_a_config_alone_holds_no_run(tmp_path: Path, force: bool) -> None:
+    fill(tmp_path, "config.toml", "logs/events", "notes.txt")
+    directory = RunDirectory(tmp_path)
+    assert directory.checkpoint_to_resume(False, force) == (None, [])
+    directory.refuse_foreign("precious")  # the run's own config: output_dir is where it lies
+    directory.start(fresh=True)
+    directory.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "logs", "notes.txt"}
+
+
+@pytest.mark.parametrize("name", ["config.toml", "final/model.pt", "checkpoints/last.ckpt", "best/x", "metrics.jsonl"])
+def test_what_no_run_wrote_is_not_replaced(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, name)
+    with pytest.raises(UsageError, match=rf"holds {name.split('/')[0]}, which no run of cadapter wrote"):
+        RunDirectory(tmp_path).refuse_foreign("another config")
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_run_that_left_its_record_is_one(tmp_path: Path) -> None:
+    fill(tmp_path, "resolved.json", "config.toml", "final/x", "notes.txt")
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(UsageError, match="holds a run already"):
+        directory.checkpoint_to_resume(False, False)
+    directory.refuse_foreign("another config")
+    directory.start(fresh=True)
+    directory.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

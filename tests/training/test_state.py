@@ -192,7 +192,7 @@ def test_changed_facts_are_refused_with_both_values(tmp_path: Path) -> None:
         check_facts(saved, {**FACTS, "seed": 43, "lora_rank": 8})
     message = str(caught.value)
     assert "seed: 42 in the checkpoint, 43 now" in message
-    assert "lora_rank: None in the checkpoint, 8 now" in message
+    assert "lora_rank: not set in the checkpoint, 8 now" in message
     assert "layers" not in message
 
 

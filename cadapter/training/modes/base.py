@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from cadapter.adapters.trained import Trained
 from cadapter.errors import UsageError
+from cadapter.planning.blocks import Change
+from cadapter.planning.memory import TrainedBytes
 from cadapter.training.state import PartWriter
 
 
-def trained_bytes(dtype: torch.dtype, gradient: torch.dtype) -> int:
-    """Bytes of a trained number with its gradient, Adam's two moments and, below float32, Kahan's compensation."""
+def trained_bytes(dtype: torch.dtype, gradient: torch.dtype) -> TrainedBytes:
+    """Bytes of a trained number, its gradient, and Adam's two moments with, below float32, Kahan's compensation."""
     size = dtype.itemsize
-    return size + gradient.itemsize + 2 * size + (size if size < 4 else 0)
+    return TrainedBytes(size, gradient.itemsize, 2 * size + (size if size < 4 else 0))
 
 
 def check_rank_and_alpha(directory: Path, stored: tuple[int, float], wanted: tuple[int, float]) -> None:
@@ -40,8 +42,7 @@ class Mode(Protocol):
     Attributes:
         name: "control", "lora" or "full".
         layers: the decoder blocks that take part.
-        bytes_per_trained: bytes that each trained number takes besides the weights of the base: with its gradient and
-            its share of the optimiser's state.
+        per_trained: bytes that each trained number takes besides the weights of the base.
         applications: how often adapters act on a token in the whole model, which the neutral loss averages over.
     """
 
@@ -49,7 +50,7 @@ class Mode(Protocol):
     layers: list[int]
 
     @property
-    def bytes_per_trained(self) -> int: ...
+    def per_trained(self) -> TrainedBytes: ...
 
     @property
     def applications(self) -> int: ...
@@ -59,6 +60,9 @@ class Mode(Protocol):
 
     def trainable(self) -> list[int]:
         """Trained numbers of each pipeline layer: embedding, blocks, final norm with head."""
+
+    def change(self, index: int) -> Change:
+        """What is trained in decoder block ``index``, not yet wrapped, as far as memory depends on it."""
 
     def trained(self, layers: Sequence[nn.Module]) -> Trained:
         """Choose what is trained among this stage's pipeline layers."""

@@ -29,6 +29,7 @@ from cadapter.config import Config
 from cadapter.errors import UsageError
 from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.planning.blocks import Change
 from cadapter.training.modes.base import check_rank_and_alpha, trained_bytes
 
 
@@ -86,7 +87,7 @@ class ControlMode:
         self.decay = decay
         self.gamma = gamma
         self.base_name = base_name
-        self.bytes_per_trained = trained_bytes(settings.dtype, torch.float32)
+        self.per_trained = trained_bytes(settings.dtype, torch.float32)
 
     @property
     def applications(self) -> int:
@@ -105,6 +106,20 @@ class ControlMode:
         wide = self.settings.rank * self.model.hidden_size
         each = wide + self.settings.rank if self.settings.form == "symmetric" else 2 * wide
         return [0, *(each if index in self.layers else 0 for index in range(self.model.layer_count)), 0]
+
+    def change(self, index: int) -> Change:
+        """An adapter keeps the Δh that it reads and r numbers, wherever it acts."""
+        if index not in self.layers:
+            return Change()
+        settings, places = self.settings, self.applications // len(self.layers)
+        read = places * self.model.hidden_size
+        return Change(
+            numbers=self.trainable()[1 + index],
+            after=settings.site != "writes",
+            deltas=read,
+            narrow=places * settings.rank,
+            masked=read if settings.dropout > 0 else 0,
+        )
 
     def trained(self, layers: Sequence[nn.Module]) -> TrainedControlAdapters:
         """The adapters of this stage."""

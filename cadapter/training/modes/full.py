@@ -15,6 +15,7 @@ from cadapter.errors import UsageError
 from cadapter.models.layers import DecoderLayer, EmbeddingLayer, HeadLayer
 from cadapter.models.loading import EMBEDDING, HEAD, LAYER_PREFIX, NORM_PREFIX, CausalLM
 from cadapter.models.saving import ModelWriter
+from cadapter.planning.blocks import Change, block_shape, components_read
 from cadapter.training.modes.base import trained_bytes
 
 _ROOT = re.compile(r"model\.(layers\.\d+\.)?")
@@ -57,7 +58,7 @@ class FullMode:
         self.dtype_name = dtype_name
         widest = max(model.dtype, gradient_dtype, key=lambda dtype: dtype.itemsize)
         # The weights themselves count among those of the model.
-        self.bytes_per_trained = trained_bytes(model.dtype, widest) - model.dtype.itemsize
+        self.per_trained = trained_bytes(model.dtype, widest)._replace(weight=0)
         self._chosen = self._choose()
 
     def _choose(self) -> set[str]:
@@ -96,6 +97,21 @@ class FullMode:
             if name in self._chosen:
                 counts[_pipeline_layer(name, self.model.layer_count)] += parameter.numel()
         return counts
+
+    def change(self, index: int) -> Change:
+        """Trained weights keep what their layers read."""
+        prefix, block = LAYER_PREFIX.format(index), self.model.skeleton_block(index)
+        chosen = {name.removeprefix(prefix) for name in self._chosen if name.startswith(prefix)}
+        numbers = sum(block.get_parameter(name).numel() for name in chosen)
+        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        trained = [name for name in linears if f"{name}.weight" in chosen]
+        read = components_read(block, trained, self.model.family.attention_writers)
+        has_norms = any("norm" in name for name in chosen)
+        experts = [name for name in chosen if block.get_parameter(name).ndim == 3]
+        if experts:
+            shape = block_shape(block, self.model.config)
+            read += shape.inner + shape.experts * shape.hidden
+        return Change(numbers=numbers, inputs=read, norms=has_norms)
 
     def _tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """The parameters and persistent buffers of a pipeline layer by the names they have in the whole model."""

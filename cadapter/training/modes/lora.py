@@ -17,6 +17,7 @@ from cadapter.config import Config
 from cadapter.errors import UsageError
 from cadapter.models.layers import DecoderLayer
 from cadapter.models.loading import DTYPES, CausalLM
+from cadapter.planning.blocks import Change, components_read, width_read
 from cadapter.training.modes.base import check_rank_and_alpha, trained_bytes
 
 
@@ -62,7 +63,7 @@ class LoraMode:
         self.seed = seed
         self.decay = decay
         self.base_name = base_name
-        self.bytes_per_trained = trained_bytes(settings.dtype, torch.float32)
+        self.per_trained = trained_bytes(settings.dtype, torch.float32)
         # Counted now, while the blocks are as the model has them.
         self._numbers = [
             count_parameters(model.skeleton_block(index), targets.by_layer.get(index, Targets()), settings.rank)
@@ -77,6 +78,21 @@ class LoraMode:
     def trainable(self) -> list[int]:
         """r·(in + out) for each linear layer, and for each expert, of each block."""
         return [0, *self._numbers, 0]
+
+    def change(self, index: int) -> Change:
+        """A pair keeps what its layer reads and r numbers; with dropout each layer has a copy of its own."""
+        targets, settings = self.targets.by_layer.get(index), self.settings
+        if targets is None:
+            return Change()
+        block = self.model.skeleton_block(index)
+        read = components_read(block, targets.linears, self.model.family.attention_writers)
+        copied = sum(width_read(block, name) for name in targets.linears) if settings.dropout > 0 else 0
+        return Change(
+            numbers=self._numbers[index],
+            inputs=copied or read,
+            narrow=len(targets.names) * settings.rank,
+            masked=copied,
+        )
 
     def trained(self, layers: Sequence[nn.Module]) -> TrainedLora:
         """The pairs of this stage."""

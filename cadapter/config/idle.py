@@ -1,0 +1,91 @@
+"""Keys that a config gives and that do nothing in it: allowed, and hardly meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cadapter.classes import NEUTRAL
+from cadapter.config.rules import Problem
+from cadapter.config.schema import Config
+
+_CONTROL = (
+    "control_class0_lambda", "control_inverse", "control_neumann_order", "control_form", "control_gamma",
+    "control_site",
+)  # fmt: skip
+_ADAPTERS = ("lora_rank", "lora_alpha", "lora_weight_dtype")
+_EVALUATIONS = ("evals_per_run", "eval_gradient_accumulation_steps", "early_stopping_patience", "sample_prompts")
+_SAMPLES = ("sample_max_new_tokens", "sample_temperature", "sample_chat")
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (
+        _CONTROL,
+        lambda config: not config.use_control_adapters,
+        "has no effect without Control Adapters; remove it, or set use_control_adapters = true",
+    ),
+    (
+        _ADAPTERS,
+        lambda config: config.full_fine_tune,
+        "has no effect on full fine-tuning, which has no adapters; remove it",
+    ),
+    (
+        ("control_gamma",),
+        lambda config: config.control_form == "general",
+        'has no effect in the general form; remove it, or set control_form = "symmetric"',
+    ),
+    (
+        ("control_neumann_order",),
+        lambda config: config.control_inverse == "exact",
+        'has no effect on the exact inverse; remove it, or set control_inverse = "neumann"',
+    ),
+    (
+        ("control_class0_lambda",),
+        lambda config: config.control_class0_lambda > 0 and not _may_hold_neutral(config),
+        "has no effect without texts of class 0; remove it, or give a dataset with control_class = 0",
+    ),
+    (
+        _EVALUATIONS,
+        lambda config: config.eval_fraction == 0,
+        "has no effect without evaluations (eval_fraction = 0); remove it, or set eval_fraction above 0",
+    ),
+    (
+        _SAMPLES,
+        lambda config: not config.sample_prompts,
+        "has no effect without sample_prompts; remove it, or give prompts",
+    ),
+)
+"""Keys, when they do nothing, and what is said of them. Of a key that several rules name, the first counts."""
+
+
+def idle_keys(config: Config) -> list[Problem]:
+    """The keys given in ``config`` that have no effect, as far as the config alone says."""
+    found: dict[str, Problem] = {}
+    for keys, is_idle, text in _RULES:
+        for key in keys:
+            if key in config.model_fields_set and key not in found and is_idle(config):
+                found[key] = Problem((key,), text)
+    return list(found.values())
+
+
+def idle_in_run(config: Config, steps: int, layers: int, neutral_tokens: int) -> list[Problem]:
+    """The keys of ``config`` that do not do what they say in a run of so many steps on a model of so many layers."""
+    return list(_idle_in_run(config, steps, layers, neutral_tokens))
+
+
+def _idle_in_run(config: Config, steps: int, layers: int, neutral_tokens: int) -> Iterable[Problem]:
+    if config.warmup_steps > steps:
+        text = f"the run has {steps:,} steps only, so that lr never reaches its value; lower warmup_steps"
+        yield Problem(("warmup_steps",), text)
+    every: Any = config.activation_checkpointing
+    if isinstance(every, int) and every > layers:
+        alone = f"the model has {layers} layers only, of which the first alone is computed again"
+        text = f'{alone}; give at most {layers}, or "none"'
+        yield Problem(("activation_checkpointing",), text)
+    if config.control_class0_lambda > 0 and _may_hold_neutral(config) and not neutral_tokens:
+        text = "has no effect, since no text has class 0; remove it, or check what class_field says"
+        yield Problem(("control_class0_lambda",), text)
+
+
+def _may_hold_neutral(config: Config) -> bool:
+    """Whether a dataset is of class 0, or its records say their class themselves."""
+    return any(dataset.control_class == NEUTRAL or dataset.class_field for dataset in config.datasets)
