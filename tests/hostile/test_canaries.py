@@ -95,6 +95,8 @@ def test_every_command_leaves_them_alone(stage: Stage) -> None:
     stage.run_well("prepare", config, "--show", 1)
     stage.run_well("prepare", config, *more)
     stage.run_well("train", config, "--dry-run")
+    stage.run_well("plan", config)
+    assert stage.run("doctor").returncode in (0, 1)  # what it finds is the machine's
     stage.run_well("train", config)
     poison_checkpoints(root / "run", stage.canaries)
     said = stage.run_well("train", config, "--resume-from-checkpoint", "--set", "max_steps=3")
