@@ -157,11 +157,22 @@ def _errors_as_exit_codes() -> Iterator[None]:
         _show_traceback()
         print("interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
-    except Exception as error:
-        _show_traceback()
-        hint = "" if _debug else "\nRun again with --debug for the traceback, and report it."
-        terminal.error(f"internal error: {type(error).__name__}: {error}{hint}")
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise _internal(error) from None
+        _show_traceback()  # a name that is too long, or what this user may not read
+        terminal.error(f"{error.filename}: {error.strerror}.")
         raise typer.Exit(1) from None
+    except Exception as error:
+        raise _internal(error) from None
+
+
+def _internal(error: Exception) -> typer.Exit:
+    """Tell of an error that is nobody's mistake but ours."""
+    _show_traceback()
+    hint = "" if _debug else "\nRun again with --debug for the traceback, and report it."
+    terminal.error(f"internal error: {type(error).__name__}: {error}{hint}")
+    return typer.Exit(1)
 
 
 def _show_traceback() -> None:

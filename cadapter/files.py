@@ -1,5 +1,7 @@
 """Writing whole or not at all: everything is written beside its target, flushed, and renamed into place.
 
+And reading what strangers wrote: JSON of any shape, and directories whose links may lead anywhere.
+
 What a command makes (a directory, a GGUF file) replaces nothing without ``--force``. A report on something
 (``--json``, ``--plot``, ``--html``) is replaced, as other programs replace the file behind ``-o``, so that a command
 can be given again: :func:`check_report` before the work, :func:`write_report` after it.
@@ -7,14 +9,15 @@ can be given again: :func:`check_report` before the work, :func:`write_report` a
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fnmatch
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,16 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{
 """The names that :func:`_sibling` gives."""
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """How a disk says that it takes no more; what reads never meets these."""
+_ATTEMPTS = 20
+"""How often a directory is replaced again where others replace it at the same time."""
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust (safetensors) tell of the system's errors."""
 
+LARGEST_JSON = 1 << 28
+"""Bytes; the index of a model of 100,000 tensors has some 10 MB."""
 
-@contextmanager
+
+@contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Say in plain words where the disk refuses what the block writes at ``target``.
 
@@ -46,10 +54,14 @@ def writing(target: Path) -> Iterator[None]:
         raise CannotWrite(f"{target} cannot be written: {os.strerror(number)}.") from error
 
 
+def _already_there(output: Path) -> UsageError:
+    return UsageError(f"{output} already exists.\nChoose another output, or give --force to replace it.")
+
+
 def refuse_existing(output: Path, force: bool) -> None:
     """Raise :class:`UsageError` if ``output`` exists and ``force`` does not allow replacing it."""
-    if output.exists() and not force:
-        raise UsageError(f"{output} already exists.\nChoose another output, or give --force to replace it.")
+    if os.path.lexists(output) and not force:
+        raise _already_there(output)
 
 
 def _sibling(target: Path, purpose: str) -> Path:
@@ -65,7 +77,7 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``output`` that becomes ``output`` when the block succeeds.
 
@@ -89,23 +101,55 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     flush_to_disk(file)
-            replace_directory(temporary, output)
+            if force:
+                replace_directory(temporary, output)
+            else:
+                _put(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def replace_directory(new: Path, target: Path) -> None:
-    """Rename directory ``new`` to ``target``; what stood at ``target`` is removed only afterwards."""
-    old = _sibling(target, "replaced")
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+def _put(new: Path, target: Path) -> None:
+    """Rename directory ``new`` to ``target``, where nothing may have appeared in the meantime.
+
+    Raises:
+        UsageError: another process wrote there first.
+    """
+    try:
+        new.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _already_there(target) from error
+        raise
     flush_to_disk(target.parent)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Rename directory ``new`` to ``target``; what stood at ``target`` is removed only afterwards.
+
+    Raises:
+        UsageError: others keep writing there.
+    """
+    for attempt in range(_ATTEMPTS):
+        old = _sibling(target, "replaced")
+        with contextlib.suppress(FileNotFoundError):  # nothing stood there, or another process has just moved it away
+            target.rename(old)
+        try:
+            _put(new, target)
+            break
+        except UsageError:  # another process has put its own there in between
+            if attempt == _ATTEMPTS - 1:
+                raise
+        finally:
+            _remove(old)
+
+
+def _remove(old: Path) -> None:
     if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        old.unlink()
+    else:
+        old.unlink(missing_ok=True)
 
 
 def tidy(directory: Path) -> list[str]:
@@ -135,7 +179,7 @@ def tidy(directory: Path) -> list[str]:
     return done
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_file(output: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling that becomes ``output`` when the block succeeds.
 
@@ -154,15 +198,35 @@ def new_file(output: Path, force: bool = False) -> Iterator[Path]:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch()
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except OSError as error:
+            if error.errno in _REFUSALS:
+                raise
             raise UsageError(f"Cannot write in {output.parent}: {error.strerror}.") from error
         try:
             yield temporary
             flush_to_disk(temporary)
-            temporary.replace(output)
+            if force:
+                temporary.replace(output)
+            else:
+                _link(temporary, output)
             flush_to_disk(output.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, output: Path) -> None:
+    """Give a file its name, where nothing may have appeared in the meantime.
+
+    Raises:
+        UsageError: another process wrote there first.
+    """
+    try:
+        os.link(temporary, output)
+    except FileExistsError as error:
+        raise _already_there(output) from error
+    except OSError:  # a file system without hard links
+        refuse_existing(output, force=False)
+        temporary.replace(output)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -216,3 +280,49 @@ def write_json_report(output: Path, value: Any) -> None:
         print(text, end="")
     else:
         write_report(output, text)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> Any:
+    """Return the JSON value that ``file`` holds.
+
+    Raises:
+        UsageError: it cannot be read, is too large, or is no JSON (with the line).
+    """
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise UsageError(f"{file} is larger than {LARGEST_JSON >> 20} MiB, which no such file is.")
+        return json.loads(file.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file}, line {error.lineno}: broken JSON ({error.msg}).") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} cannot be read: it is not UTF-8.") from error
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+        raise UsageError(f"{file}: JSON that cannot be read: {error}.") from error
+
+
+def refuse_links_out(directory: Path, patterns: Sequence[str]) -> None:
+    """Make sure that no file of ``directory`` whose name fits a pattern is a link to something elsewhere.
+
+    A link may lead to another file of the directory, and in the hub's cache, ``models--NAME/snapshots/REVISION/``, to
+    the blobs of its repository or to those that repositories share.
+
+    Raises:
+        UsageError: one does.
+    """
+    home = Path(os.path.realpath(directory))
+    allowed = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        allowed += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
+    for file in sorted(directory.iterdir()):
+        if file.is_symlink() and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns):
+            target = Path(os.path.realpath(file))
+            if not any(root in target.parents for root in allowed):
+                raise UsageError(
+                    f"{file} is a link that leads out of its directory, to {target}.\n"
+                    "If that file belongs there, copy it."
+                )

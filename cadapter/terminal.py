@@ -108,8 +108,13 @@ def error(text: str) -> None:
     _labelled("error: ", text)
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""Characters that a terminal obeys; names in strangers' files may hold them, and messages show such names."""
+
+
 def _labelled(label: str, text: str) -> None:
     sys.stdout.flush()  # where both streams go to one file, what was printed first stands first
+    text = text.translate(_CONTROLS)
     print(label + text.replace("\n", "\n" + " " * len(label)), file=sys.stderr, flush=True)
 
 

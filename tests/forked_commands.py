@@ -39,19 +39,22 @@ def call(*words: object, processes: int = 1) -> Call:
 
 
 @cache
-def _forking() -> subprocess.Popen[str]:
+def _forking(variables: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
     """The process that forks; it ends with this one."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.forked_commands"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(**dict(variables)),
     )  # fmt: skip
     atexit.register(process.communicate)
     return process
 
 
-def run_all(*calls: Call) -> list[subprocess.CompletedProcess[str]]:
-    """Run the commands in order; of each, its exit code (the largest of its processes') and what they printed."""
-    process = _forking()
+def run_all(*calls: Call, **variables: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run the commands in order; of each, its exit code (the largest of its processes') and what they printed.
+
+    ``variables`` of the environment are there from the start, in a process of their own.
+    """
+    process = _forking(tuple(sorted(variables.items())))
     results = []
     for each in calls:
         print(json.dumps(asdict(each)), file=process.stdin, flush=True)
@@ -59,9 +62,9 @@ def run_all(*calls: Call) -> list[subprocess.CompletedProcess[str]]:
     return results
 
 
-def run_all_well(*calls: Call) -> list[str]:
+def run_all_well(*calls: Call, **variables: str) -> list[str]:
     """:func:`run_all`, where all must succeed; what each printed on standard output."""
-    results = run_all(*calls)
+    results = run_all(*calls, **variables)
     for done in results:
         assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
     return [done.stdout for done in results]

@@ -146,3 +146,9 @@ def test_a_block_that_fails_ends_its_bar_and_keeps_its_error() -> None:
     )
     assert "caught 'lost'" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden and shown again
+
+
+def test_messages_hold_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.error("x.json: \x1b]0;title\x07\x1b[2J\x9b31m é\n\tnext\r")
+    shown = capsys.readouterr().err
+    assert shown == "error: x.json: \\x1b]0;title\\x07\\x1b[2J\\x9b31m é\n       \tnext\\x0d\n"

@@ -8,10 +8,9 @@ The config is PEFT-shaped. Factors are stored as trained, in float32, under
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from cadapter.adapters.layer_facts import LayerFacts
 from cadapter.adapters.layer_facts import describe_layers as describe_layers  # found here too
 from cadapter.algebra import orthogonality_error
 from cadapter.errors import UsageError
-from cadapter.files import write_json, write_text
+from cadapter.files import read_json, refuse_links_out, write_json, write_text
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -38,7 +37,7 @@ INVERSES = ("exact", "neumann")
 LEAST_ORTHONORMAL = 1e-3
 """‖QᵀQ − I‖₂ above which a symmetric adapter is refused: its powers by t·S are none of ``I + W``."""
 
-_CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.control_([ABQS])(?:\.weight)?")
+_CONTROL_KEY = re.compile(r"(?:.*\.)?layers\.([0-9]{1,9})\.control_([ABQS])(?:\.weight)?")
 _SHAPES = {"A": ("r", "hidden size"), "B": ("hidden size", "r"), "Q": ("hidden size", "r"), "S": ("r",)}
 
 _REMEDY = "Give the directory of an adapter, such as RUN/final."
@@ -102,12 +101,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_NAME
     if not file.is_file():
         raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.\n{_REMEDY}")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file}, line {error.lineno}: broken JSON ({error.msg}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
+    refuse_links_out(path, (CONFIG_NAME, WEIGHTS_NAME))
+    config = read_json(file)
     if not isinstance(config, dict):
         raise UsageError(f"{file} must hold a JSON object, not a {type(config).__name__}.")
     return config
@@ -157,7 +152,9 @@ def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
             raise UsageError(f"{file}: {name} holds {tensor.dtype}, not float32, float16 or bfloat16 numbers.")
-        if not torch.isfinite(tensor).all():
+        if tensor.numel() == 0:
+            raise UsageError(f"{file}: {name} has shape {list(tensor.shape)}: it holds no numbers.")
+        if not torch.isfinite(tensor.float()).all():
             raise UsageError(f"{file}: {name} holds NaN or infinite values: it is broken.\nUse an earlier checkpoint.")
     return tensors
 
@@ -197,6 +194,30 @@ def positive_number(config: Mapping[str, Any], key: str, file: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
         raise UsageError(f"{file}: {key} must be a positive number, not {value!r}.")
     return float(value)
+
+
+def flag(config: Mapping[str, Any], key: str, file: Path) -> bool:
+    """Return ``config[key]`` as a truth value; what is not there is false.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise UsageError(f"{file}: {key} must be true or false, not {value!r}.")
+    return bool(value)
+
+
+def name_or_none(config: Mapping[str, Any], key: str, file: Path) -> str | None:
+    """Return ``config[key]``, a string, or None where it is not there.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, str | None):
+        raise UsageError(f"{file}: {key} must be a string, not {value!r}.")
+    return value
 
 
 def _one_of(config: Mapping[str, Any], key: str, allowed: tuple[str, ...], file: Path) -> str:
@@ -263,17 +284,23 @@ def _check_orthonormal(layers: Mapping[int, Factors], file: Path) -> None:
             )
 
 
-def _check_layer_list(config: Mapping[str, Any], layers: Iterable[int], file: Path) -> None:
+def check_layer_list(config: Mapping[str, Any], layers: Collection[int], file: Path, more: bool = False) -> None:
+    """Make sure that an adapter has tensors of the layers that its config lists, and, unless ``more``, of no other.
+
+    Raises:
+        UsageError: it has not, or the list is none.
+    """
     listed = config.get("layers_to_transform")
     if listed is None:
         return
     listed = [listed] if isinstance(listed, int) else listed
-    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
         raise UsageError(f"{file}: layers_to_transform must be a list of layer numbers.")
     if len(set(listed)) != len(listed):
         twice = next(layer for layer in listed if listed.count(layer) > 1)
         raise UsageError(f"{file}: layers_to_transform names layer {twice} twice.")
-    if set(listed) != set(layers):
+    wrong = set(listed) - set(layers) if more else set(listed) ^ set(layers)
+    if wrong:
         raise UsageError(
             f"{file}: layers_to_transform says {sorted(listed)}, but {WEIGHTS_NAME} holds layers {sorted(layers)}."
         )
@@ -316,18 +343,18 @@ def read_control_adapter(path: Path) -> ControlAdapterFiles:
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
         raise UsageError(f"{file}: control_neumann_order must be a whole number of at least 1, not {order!r}.")
     layers = _read_factors(path, form, int(rank))
-    _check_layer_list(config, layers, file)
+    check_layer_list(config, layers, file)
     _check_orthonormal(layers, path / WEIGHTS_NAME)
     return ControlAdapterFiles(
         path=path,
         rank=int(rank),
-        alpha=alpha * math.sqrt(rank) if config.get("use_rslora") and form == "general" else alpha,
+        alpha=alpha * math.sqrt(rank) if flag(config, "use_rslora", file) and form == "general" else alpha,
         layers=layers,
         site=_one_of(config, "control_site", SITES, file),
         inverse=_one_of(config, "control_inverse", INVERSES, file),
         neumann_order=order,
-        base_model_type=config.get("base_model_type"),
-        base_model_name_or_path=config.get("base_model_name_or_path"),
+        base_model_type=name_or_none(config, "base_model_type", file),
+        base_model_name_or_path=name_or_none(config, "base_model_name_or_path", file),
         facts=_read_facts(config, layers, file),
         config=config,
     )

@@ -13,8 +13,11 @@ from cadapter.models.families import MODULES, Family
 from cadapter.models.shell import WRITER_NAMES
 from cadapter.models.writers import proven_modules
 
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER_TENSOR = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+MOST_EXPERTS = 1 << 16
+"""Of a layer; a config that says more is wrong."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class LayerFacts:
         Raises:
             KeyError, TypeError, ValueError: something is missing or of another kind.
         """
-        experts = int(entry.get("experts", 0))
+        experts = entry.get("experts", 0)
+        if type(experts) is not int or not 0 <= experts <= MOST_EXPERTS:
+            raise ValueError(f"{experts!r} is no number of experts")
         attention, mlp, biased = (_unfolded(entry[key], experts) for key in ("attention", "mlp", "biased"))
         return cls(attention, mlp, bool(entry["post_norms"]), biased, experts, _listed(entry.get("unknown", [])))
 

@@ -22,7 +22,10 @@ from torch import Tensor
 from cadapter.adapters.directory import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    check_layer_list,
+    flag,
     layer_ranges,
+    name_or_none,
     positive_number,
     read_adapter_config,
     read_adapter_tensors,
@@ -35,7 +38,7 @@ from cadapter.files import write_json, write_text
 LORA_TYPE = "LORA"
 
 _LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.(?:default\.)?(weight|bias)")
-_LAYER_MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER_MODULE = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -224,11 +227,11 @@ def read_lora_adapter(path: Path) -> LoraAdapterFiles:
     """
     config, settings, pairs = _read(path)
     file = path / CONFIG_NAME
-    tensors, targets = _named(path / WEIGHTS_NAME, pairs, settings.rank, _parameters_named(config, file))
-    _check_layers(config, targets, file)
+    tensors, targets = _named(path / WEIGHTS_NAME, pairs, settings.rank, parameters_named(config, file))
+    check_layer_list(config, targets, file)
     names = tuple(dict.fromkeys(name for each in targets.values() for name in each.names))
     return LoraAdapterFiles(
-        path, replace(settings, targets=names), targets, tensors, config.get("base_model_name_or_path")
+        path, replace(settings, targets=names), targets, tensors, name_or_none(config, "base_model_name_or_path", file)
     )
 
 
@@ -255,29 +258,21 @@ def _read(path: Path) -> tuple[dict[str, Any], LoraSettings, LayerPairs]:
             raise UsageError(f"{path / WEIGHTS_NAME}: {module} has a bias beside lora_B, which cannot be trained.")
         pairs[int(match[1]), match[2]] = parts
     half = all(parts[factor].dtype == torch.bfloat16 for parts in pairs.values() for factor in "AB")
-    alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    alpha = alpha * math.sqrt(rank) if flag(config, "use_rslora", file) else alpha
     settings = LoraSettings(int(rank), alpha, float(dropout), torch.bfloat16 if half else torch.float32)
     return config, settings, pairs
 
 
-def _parameters_named(config: Mapping[str, Any], file: Path) -> list[str]:
+def parameters_named(config: Mapping[str, Any], file: Path) -> list[str]:
+    """The tensors, by the ends of their names, that PEFT's ``target_parameters`` lists.
+
+    Raises:
+        UsageError: it is no list of names.
+    """
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise UsageError(f"{file}: target_parameters must be a list of names.")
     return parameters
-
-
-def _check_layers(config: Mapping[str, Any], found: Mapping[int, Targets], file: Path) -> None:
-    listed = config.get("layers_to_transform")
-    if listed is None:
-        return
-    listed = [listed] if isinstance(listed, int) else listed
-    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
-        raise UsageError(f"{file}: layers_to_transform must be a list of layer numbers.")
-    if not set(found) <= set(listed):
-        raise UsageError(
-            f"{file}: layers_to_transform says {sorted(listed)}, but {WEIGHTS_NAME} holds layers {sorted(found)}."
-        )
 
 
 def _named(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 import typer
@@ -61,7 +61,7 @@ def command(
     control = read_control_adapter(adapter)
     model = Checkpoint(resolve_model(base)) if base else None
     recorded = control.base_model_name_or_path
-    recorded = recorded if recorded and Path(recorded).is_dir() else None
+    recorded = recorded if recorded and os.path.isdir(recorded) else None
     tested = Checkpoint(resolve_model(recorded)) if verify and model is None and recorded else model
     rows = rows_for(tested, verify, text)
     summary = to_mult_lora(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,8 @@ from cadapter.config.toml import toml_type
 from cadapter.config.unsupported import unsupported
 from cadapter.config.wording import expected, field_at
 
+_PATHS = frozenset({"model_dir", "output_dir", "init_from", "cache_dir", "dataset_path"})
+
 
 def check(data: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
     """The config that ``data`` describes, or None and every problem that it has, one for each path."""
@@ -25,11 +27,21 @@ def check(data: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
     view.datasets = [
         _view(DatasetConfig, table, ("datasets", index), wrong) for index, table in _tables(data.get("datasets"))
     ]
-    for problem in [*conflicts(view), *unsupported(view)]:
+    for problem in [*conflicts(view), *unsupported(view), *_names_of_nothing(data, ())]:
         if problem.path not in wrong:
             wrong.add(problem.path)
             problems.append(problem)
     return (None if problems else config), problems
+
+
+def _names_of_nothing(value: Any, path: KeyPath) -> Iterator[Problem]:
+    """Paths with a NUL character, which no file has, and which functions of the system do not take."""
+    if isinstance(value, str):
+        if "\0" in value and path[-1] in _PATHS:
+            yield Problem(path, "holds a NUL character, which no path has; leave it out")
+    elif isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _names_of_nothing(part, (*path, key))
 
 
 def value_at(data: Any, path: KeyPath) -> Any:

@@ -6,7 +6,6 @@ pair, ``s·r``; a pair whose own s·r differs has the quotient in its B.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -121,10 +120,6 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        except OSError as error:
-            if error.errno is None:  # numpy says how much could be written, and not why no more
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
         finally:
             writer.close()
     return summary
@@ -162,12 +157,24 @@ def _base_directory(lora: Path, base: str | None) -> Path:
     if base is not None:
         return resolve_model(base, ("config.json",))
     recorded = read_adapter_config(lora).get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not Path(recorded).is_dir():
+    if not isinstance(recorded, str) or not os.path.isdir(recorded):
         raise UsageError(
             f"{lora / CONFIG_NAME} names {recorded!r} as its base model, which is no directory here.\n"
             "Give the base model, of which only the config is read: --base MODEL"
         )
     return Path(recorded)
+
+
+class _Written(np.ndarray[Any, Any]):
+    """An array that the GGUF writer writes with Python's own file.
+
+    numpy's ``tofile`` goes through a buffer of C, whose last error is lost: on a full disk a file would be cut off and
+    nobody told.
+    """
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:  # noqa: A002 (numpy's name)
+        """Write the bytes to the open file ``fid``."""
+        fid.write(np.ascontiguousarray(self).view(np.ndarray).data)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def _add(writer: gguf.GGUFWriter, pair: LayoutPair, alpha: float, outtype: OutTy
     B = pair.B * (pair.scale * pair.A.shape[-2] / alpha)
     for name, factor in ((f"{pair.tensor}.lora_a", pair.A), (f"{pair.tensor}.lora_b", B)):
         kind, data, rounding, reason = _encoded(factor, outtype)
-        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(name, data.view(_Written), raw_dtype=kind)
         summary.tensors[kind.name.lower()] += 1
         summary.bytes[kind.name.lower()] += data.nbytes
         summary.rounding = max(summary.rounding, rounding)

@@ -18,14 +18,25 @@ from typing import Any
 
 from torch import Tensor
 
-from cadapter.adapters.directory import CONFIG_NAME, positive_number, read_adapter_config
+from cadapter.adapters.directory import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_layer_list,
+    flag,
+    positive_number,
+    read_adapter_config,
+)
 from cadapter.adapters.lora_directory import (
     LoraAdapterFiles,
+    parameters_named,
     read_lora_adapter,
     read_pairs,
     refuse_unsupported,
     save_pairs,
 )
+from cadapter.errors import UsageError
+
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,31 @@ def write_lora(directory: Path, config: Mapping[str, Any], pairs: Mapping[str, L
     save_pairs(directory, config, tensors, card)
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
-    """The value of the first of ``patterns`` that ends ``module``'s name as peft matches it, else ``default``."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return default
+def _patterns(config: Mapping[str, Any], key: str, file: Path) -> dict[re.Pattern[str], float]:
+    """The numbers that a config gives for modules whose names end as a pattern, as peft matches them.
+
+    Raises:
+        UsageError: a pattern or a number is none.
+    """
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+        raise UsageError(f"{file}: {key} must be a table of patterns and numbers, not {given!r}.")
+    try:
+        return {re.compile(rf"(.*\.)?({pattern})$"): positive_number(given, pattern, file) for pattern in given}
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{file}: {key} holds a pattern that is none: {error}.") from error
+
+
+def _value_for(module: str, patterns: Mapping[re.Pattern[str], float], default: float) -> float:
+    """The number of the first pattern that fits ``module``."""
+    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
 
 
 def read_lora(path: Path, program: str = "merge") -> LoraFiles:
     """Read and validate a LoRA directory of either kind.
 
-    The scale of a pair is ``alpha / r``, or ``alpha / √r`` with ``use_rslora``; r is the pair's own, alpha follows
-    ``alpha_pattern``. Where experts are adapted, all pairs have one rank and one scale.
+    The scale of a pair is ``alpha / r``, or ``alpha / √r`` with ``use_rslora``; alpha and r follow ``alpha_pattern``
+    and ``rank_pattern``. Where experts are adapted, all pairs have one rank and one scale.
 
     Args:
         program: which reads it, for messages.
@@ -85,15 +108,24 @@ def read_lora(path: Path, program: str = "merge") -> LoraFiles:
     """
     config, file = read_adapter_config(path), path / CONFIG_NAME
     refuse_unsupported(config, file, program)
-    if any(not str(name).endswith(".weight") for name in config.get("target_parameters") or ()):
+    if any(not name.endswith(".weight") for name in parameters_named(config, file)):
         return LoraFiles(path, _with_experts(read_lora_adapter(path)))
-    alpha = positive_number(config, "lora_alpha", file)
-    pairs = {}
+    alpha, r = positive_number(config, "lora_alpha", file), positive_number(config, "r", file)
+    alphas, ranks = (_patterns(config, key, file) for key in ("alpha_pattern", "rank_pattern"))
+    stabilised = flag(config, "use_rslora", file)
+    pairs, layers = {}, set()
     for module, parts in read_pairs(path, program).items():
         rank = parts["A"].shape[0]
-        own_alpha = _pattern_value(config.get("alpha_pattern"), module, alpha)
-        scale = own_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        expected = _value_for(module, ranks, r)
+        if rank != expected:
+            raise UsageError(
+                f"{path / WEIGHTS_NAME}: lora_A of {module} has shape {list(parts['A'].shape)}; by r and rank_pattern "
+                f"of {CONFIG_NAME} it must be [{expected:g}, in]."
+            )
+        scale = _value_for(module, alphas, alpha) / (math.sqrt(rank) if stabilised else rank)
         pairs[module] = LoraPair(parts["A"], parts["B"], scale, parts.get("bias"))
+        layers |= {int(number) for number in _LAYER.findall(module)}
+    check_layer_list(config, layers, file, more=True)
     return LoraFiles(path, pairs)
 
 

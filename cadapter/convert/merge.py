@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from cadapter.convert.operators import work_dtype
 from cadapter.convert.plan import Plan
 from cadapter.convert.shards import TORCH_DTYPES, Entry, rewrite_shard
 from cadapter.errors import CadapterError, UsageError
-from cadapter.files import new_directory, write_json, write_text
+from cadapter.files import new_directory, read_json, write_json, write_text
 from cadapter.models.checkpoint import INDEX_NAME, Checkpoint
 from cadapter.models.saving import copy_companions
 
@@ -143,7 +142,7 @@ def _write_index(base: Checkpoint, directory: Path, total_size: int) -> None:
     """The base's index with its ``total_size`` renewed; none where the base has none."""
     source = base.directory / INDEX_NAME
     if source.is_file():
-        index = json.loads(source.read_text("utf-8"))
+        index = read_json(source)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
         write_json(directory / INDEX_NAME, index)
 

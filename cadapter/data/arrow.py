@@ -32,7 +32,10 @@ _FINGERPRINTS_PER_BATCH = 1 << 20
 def record_batches(file: Path) -> list[pa.RecordBatch]:
     """Return the record batches of an Arrow IPC file as views on its mapping; they keep the mapping alive."""
     reader = pa.ipc.open_file(pa.memory_map(str(file)))
-    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    for batch in batches:
+        batch.validate()  # that its buffers are as long as its schema says
+    return batches
 
 
 def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
@@ -65,6 +68,7 @@ def _block(batch: pa.RecordBatch) -> SequenceBlock:
 
 
 def _documents(batch: pa.RecordBatch, names: list[str]) -> Iterable[HeldOutDocument]:
+    batch.validate(full=True)  # offsets, too, by which ids are looked up
     ids, trained = (batch.column(name).values.to_numpy(zero_copy_only=True) for name in ("ids", "trained"))
     offsets = batch.column("ids").offsets.to_numpy()
     facts = zip(*(batch.column(name).to_pylist() for name in ("dataset", "control_class", "left_out")), strict=True)

@@ -30,8 +30,8 @@ import pyarrow as pa
 
 from cadapter.data import arrow
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
-from cadapter.errors import CadapterError
-from cadapter.files import new_directory, write_json
+from cadapter.errors import CadapterError, UsageError
+from cadapter.files import new_directory, read_json, write_json
 
 FORMAT = 2
 """Part of the key: raise it whenever what is computed into the files changes. Runs that were prepared with another one
@@ -276,11 +276,31 @@ def _remove_if_empty(root: Path) -> None:
 
 def _read_manifest(entry: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(entry / MANIFEST)
+    except UsageError:
         return None
-    complete = isinstance(manifest, dict) and manifest.keys() >= {"format", "key", "created", "sizes", "statistics"}
-    return manifest if complete else None
+    return manifest if isinstance(manifest, dict) and _is_complete(manifest) else None
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest holds what :meth:`Cache.build` writes: a cache may lie among a stranger's files."""
+    kinds = {
+        "format": int, "key": str, "created": float, "sources": list, "files": list, "states": dict, "tokenizer": str,
+        "options": dict, "sizes": dict, "statistics": dict,
+    }  # fmt: skip
+    if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    datasets = manifest["options"].get("datasets")
+    return (
+        all(isinstance(each, dict) for each in manifest["files"])
+        and all(isinstance(status, list) and _are_numbers(status) for status in manifest["states"].values())
+        and isinstance(datasets, list)
+        and all(isinstance(each, dict) for each in datasets)
+    )
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _damage(entry: Path, key: str) -> str:
@@ -305,7 +325,7 @@ def _damage(entry: Path, key: str) -> str:
 
 def statistics_of(entry: Path) -> dict[str, Any]:
     """Return what the builder of a complete entry counted."""
-    return json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["statistics"]
+    return read_json(entry / MANIFEST)["statistics"]
 
 
 def open_entry(entry: Path, sequence_len: int, names: list[str]) -> Entry:

@@ -8,7 +8,8 @@
 | ``.parquet`` | one row each |
 
 All but Parquet (which compresses by itself) may end in ``.gz`` or ``.zst`` too. Text is UTF-8. JSON Lines and Parquet
-are streamed; a ``.txt`` or ``.json`` file is held in memory whole. Every error names the file and the place in it: a
+are streamed; a ``.txt`` or ``.json`` file is held in memory whole, and how much that may be is bounded, whatever a
+compressed file grows to. Every error names the file and the place in it: a
 line of JSON Lines, a record or row counted from 1.
 """
 
@@ -33,7 +34,11 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = (".txt", ".json", ".jsonl", ".parquet")
 LONGEST_LINE = 1 << 27
 """Bytes; a longer line of JSON Lines is refused, since a line is held in memory."""
-_PARQUET_ROWS = 256
+LARGEST_WHOLE = 1 << 30
+"""Bytes, decompressed; a larger .txt or .json file is refused, since it is held in memory whole."""
+_WHOLE_PIECE = 1 << 24
+_PARQUET_ROWS = 8
+"""Read at once. A file may hold a long value once and have every row repeat it; in memory each has its own."""
 _PARQUET_BUFFER = 1 << 20
 _LOOKED_UP = "It was looked up from {}: correct the path, or start there."
 _JSON_TYPES = {
@@ -131,8 +136,15 @@ def _unreadable(file: Path, error: Exception) -> UsageError:
 
 
 def _read_whole(file: Path) -> str:
+    data = bytearray()
     with _open(file) as stream:
-        data = stream.read()
+        while piece := stream.read(_WHOLE_PIECE):
+            data += piece
+            if len(data) > LARGEST_WHOLE:
+                raise UsageError(
+                    f"{file}: there is more than {LARGEST_WHOLE >> 20} MiB in it, decompressed, and such a file is "
+                    "held in memory whole.\nSplit it, or write it as .jsonl, which is read line by line."
+                )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -246,11 +258,17 @@ def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...]
                         on_bad(error)
                     else:
                         yield Record(fields, where)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{file}, names of columns") from error
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(file, error) from error
 
 
 def _as_python(value: Any, where: str) -> Any:
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar) and value.is_valid:
+        size = value.as_buffer().size
+        if size > LONGEST_LINE:
+            raise UsageError(f"{where}: the text is longer than {LONGEST_LINE >> 20} MiB.\nSplit this document.")
     try:
         return _without_nulls(value.as_py())
     except UnicodeDecodeError as error:

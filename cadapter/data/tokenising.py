@@ -19,6 +19,7 @@ import numpy as np
 from cadapter.data.chat import Chat, ChatTemplate, Span
 from cadapter.data.parts import grouped, parts_of
 from cadapter.errors import UsageError
+from cadapter.files import refuse_links_out
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -110,6 +111,7 @@ class Tokenizer:
                 f"{directory} holds no tokenizer (tokenizer.json).\n"
                 "Copy the tokenizer files of the model's publisher beside its config.json."
             )
+        refuse_links_out(directory, ("*.json", "*.model", "*.txt", "*.jinja"))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,7 +131,9 @@ class Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.directory, use_fast=True, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # a damaged tokenizer file surfaces as any of a dozen types
+        except BaseException as error:  # a damaged tokenizer file surfaces as any of a dozen types
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is tokenizers'
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(f"{self.directory}: its tokenizer cannot be loaded: {reason}") from error
         if not tokenizer.is_fast:

@@ -57,6 +57,11 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint.directory
+    if (directory / "adapter_config.json").exists():
+        raise UsageError(
+            f"{directory} holds an adapter beside the model (adapter_config.json), which transformers would apply to "
+            "it.\nMove the adapter's files to a directory of their own, and name it with --adapter."
+        )
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             directory,

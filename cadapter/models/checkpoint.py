@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cadapter.errors import UsageError
+from cadapter.files import read_json, refuse_links_out
 from cadapter.models.reading import Reader, Stretch
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,6 +33,9 @@ _DTYPES = {
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 """What is downloaded of a model named by its hub id: never pickled weights, never code."""
+
+MOST_PARTS = 1 << 16
+"""Layers, or experts of a layer; lists of that length are made before anything else shows that a config is wrong."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def load_model_config(directory: Path) -> Any:
             f"{directory} is not a model directory: it has no config.json.\n"
             "Give the directory of a Hugging Face model, or a hub id."
         )
+    refuse_links_out(directory, HUB_FILES)
+    _check_settings(read_json(directory / "config.json"), directory / "config.json")
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -97,9 +103,26 @@ def load_model_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except StrictDataclassError as error:  # a value of a wrong type, or values that contradict one another
         raise UsageError(f"{directory / 'config.json'} cannot be used: {error.__cause__ or error}") from error
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers trusts a config, and fails in any way where it is wrong
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{directory / 'config.json'} cannot be used: {first}") from error
+
+
+def _check_settings(settings: Any, file: Path) -> None:
+    """Make sure that transformers, which trusts a config, does not follow this one out of what is read here."""
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} cannot be used: it is no JSON object.")
+    if settings.get("transformers_weights") is not None:
+        raise UsageError(
+            f"{file} names weights of its own (transformers_weights).\n"
+            f"Only {SINGLE_NAME} and what {INDEX_NAME} names are read: remove the key if that is what it means."
+        )
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(settings.get(key)):
+            raise UsageError(f"{file} cannot be used: {key} = {settings[key]!r} is code on the hub; remove the key.")
+    for key in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        if isinstance(settings.get(key), int) and settings[key] > MOST_PARTS:
+            raise UsageError(f"{file} cannot be used: {key} = {settings[key]}, more than any model has.")
 
 
 class Checkpoint:
@@ -117,6 +140,7 @@ class Checkpoint:
         self.seconds_reading = 0.0
         self._reader: Reader | None = None
         self._info: dict[str, TensorInfo] = {}
+        self._there = {path.name for path in directory.iterdir() if path.is_file()}
         for file in self._shards():
             self._read_header(file)
         if not self._info:
@@ -126,14 +150,11 @@ class Checkpoint:
         index = self.directory / INDEX_NAME
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                files = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError) as error:
                 raise UsageError(f"{index} is damaged: it has no readable weight_map.") from error
             for file in files:
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise UsageError(f"{index}: the file name {file!r} leaves the model's directory.")
-                if not (self.directory / file).is_file():
-                    raise UsageError(f"{index} names {file}, which is missing.\nDownload the model again.")
+                self._check_name(file, index)
             return files
         if (self.directory / SINGLE_NAME).is_file():
             return [SINGLE_NAME]
@@ -143,6 +164,18 @@ class Checkpoint:
                 "Convert them to safetensors first: load the model with transformers and call save_pretrained."
             )
         raise UsageError(f"{self.directory} is not a model directory: it has no {SINGLE_NAME} and no {INDEX_NAME}.")
+
+    def _check_name(self, file: Any, index: Path) -> None:
+        """Make sure that ``index`` may name this shard."""
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UsageError(f"{index}: the file name {file!r} leaves the model's directory.")
+        if not file.endswith(".safetensors"):
+            raise UsageError(
+                f"{index}: {file!r} is no safetensors file, and others are not read: unpickling can run any code.\n"
+                "Convert the model: load it with transformers and call save_pretrained."
+            )
+        if file not in self._there:
+            raise UsageError(f"{index} names {file}, which is missing.\nDownload the model again.")
 
     def _read_header(self, file: str) -> None:
         try:

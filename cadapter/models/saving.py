@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cadapter.errors import CadapterError
-from cadapter.files import write_json
+from cadapter.files import read_json, write_json
 from cadapter.models.checkpoint import INDEX_NAME, SINGLE_NAME
 
 SHARD_BYTES = 5 * 10**9
@@ -52,7 +52,7 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> list[str]:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
     if dtype is not None:
-        config = json.loads((target / "config.json").read_text("utf-8"))
+        config = read_json(target / "config.json")
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         write_json(target / "config.json", {**config, key: dtype})
     return copied

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cadapter
 from cadapter.config import check_layout
 from cadapter.errors import UsageError
 from cadapter.terminal import note
@@ -220,10 +221,20 @@ def _with_accelerator(environ: Mapping[str, str]) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cuda" if visible_gpus() else "cpu", **environ}
 
 
+def without_modules_of_here(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` in which ``python -m`` (3.11 and newer) does not import from the working directory.
+
+    It may be the user's texts' or a stranger's, and hold a torch.py. Unless cadapter itself is run from there.
+    """
+    if Path(cadapter.__file__).parents[1] == Path.cwd():
+        return dict(environ)
+    return {"PYTHONSAFEPATH": "1", **environ}
+
+
 def run_part(part: Part, arguments: Sequence[str], errors: ErrorFile) -> int:
     """Run this machine's part of ``cadapter ARGUMENTS`` and return the exit code, as :func:`run_job`."""
     job = uuid.uuid4().hex
-    environment = _with_accelerator({**os.environ, JOB: job})
+    environment = _with_accelerator(without_modules_of_here({**os.environ, JOB: job}))
     command = launch_command(part, arguments)
     return run_job(command, environment, lambda number: bool(signal_workers(job, number)), errors)
 
@@ -245,11 +256,11 @@ def run_over_ssh(machines: Sequence[Node], options: LaunchOptions, arguments: Se
 
     with tempfile.TemporaryDirectory(prefix="cadapter-") as folder:
         exports = Path(folder) / "environment"
-        over_ssh.write_environment(exports, job, os.environ)
+        over_ssh.write_environment(exports, job, without_modules_of_here(os.environ))
         address, port = options.master_addr, options.master_port
         command = over_ssh.runner_command(Path(folder), machines, gpus, address, port, arguments)
         environment = {**over_ssh.without_secrets(os.environ), "DS_ENV_FILE": str(exports)}
-        return run_job(command, _with_accelerator(environment), tell, errors)
+        return run_job(command, _with_accelerator(without_modules_of_here(environment)), tell, errors)
 
 
 def relaunched(

@@ -14,7 +14,7 @@ DEFAULT_PORT = 29500
 """Where rank 0 listens when several machines have to know it beforehand; torchrun's and DeepSpeed's default too."""
 
 HOSTFILE_FORM = "Write one line for each machine: HOST slots=N, such as node-a slots=8."
-_HOSTFILE_LINE = re.compile(r"(?P<name>[\w.-]+)\s+slots=(?P<slots>\S+)")
+_HOSTFILE_LINE = re.compile(r"(?P<name>\w[\w.-]*)\s+slots=(?P<slots>\S+)")
 _LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+")
 
 

@@ -35,12 +35,12 @@ def trim_metrics(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
+            step = json.loads(line).get("step", 0)
+        except (ValueError, AttributeError, RecursionError):
             break  # a line that a kill cut short; nothing valid follows it
-        if record.get("step", 0) <= last_step:
+        if isinstance(step, int) and step <= last_step:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 

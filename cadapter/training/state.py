@@ -13,7 +13,6 @@ position is a number.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cadapter.errors import UsageError
-from cadapter.files import new_directory, write_json
+from cadapter.files import new_directory, read_json, refuse_links_out, write_json
 from cadapter.training.resuming import difference
 
 OPTIMISER_STEM = "optimizer"
@@ -223,13 +222,14 @@ def _in_order(directory: Path) -> list[Path]:
 def fault_of(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files by its manifest, or None."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text("utf-8"))
+        manifest = read_json(checkpoint / MANIFEST_FILE)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        there = {path.name for path in checkpoint.iterdir() if path.is_file()}
+    except (UsageError, OSError, KeyError, TypeError, AttributeError):
         return "no readable manifest.json"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
-        if Path(name).name != name or not path.is_file():
+        if name not in there:
             return f"{name} is missing"
         if path.stat().st_size != size or _digest(path) != digest:
             return f"{name} is damaged"
@@ -254,17 +254,18 @@ def load_checkpoint(path: Path) -> Saved:
         UsageError: it was written by another version's format, or cannot be read.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text("utf-8"))
+        refuse_links_out(path, ("*.json", "*.safetensors"))
+        state = read_json(path / STATE_FILE)
         if state["format"] != FORMAT:
             raise UsageError(f"{path} has format {state['format']}; this cadapter reads format {FORMAT}.")
         return Saved(path, Position(**state["position"]), dict(state["facts"]), dict(state["settings"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read as a checkpoint: {error}") from error
+        raise UsageError(f"{path} cannot be read as a checkpoint: {error!r}") from error
 
 
 def is_written_out(checkpoint: Path, directory: Path) -> bool:
     """Whether ``directory`` holds, file by file, what was trained until ``checkpoint``."""
-    manifest = json.loads((checkpoint / MANIFEST_FILE).read_text("utf-8"))
+    manifest = read_json(checkpoint / MANIFEST_FILE)
     own = [name for name in manifest if name == STATE_FILE or name.startswith(f"{OPTIMISER_STEM}-")]
     return all(
         (directory / name).is_file() and _digest(directory / name) == entry["sha256"]

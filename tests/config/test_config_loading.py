@@ -159,6 +159,7 @@ overlength = "cut"
         ("zzz = 1", "unknown key; remove it"),
         ('"two\\nlines" = 1', 'run.toml:6: "two\\nlines": unknown key'),
         ("control_class = 1", "it stands under [[datasets]]"),
+        ('cache_dir = "a\\u0000b"', "holds a NUL character"),
     ],
 )
 def test_wrong_values(report, line: str, says: str) -> None:

@@ -108,7 +108,7 @@ def no_config(directory: Path) -> str:
 
 def broken_config(directory: Path) -> str:
     (directory / "config.json").write_text('{"model_type": ')
-    return "config.json cannot be used"
+    return "config.json, line 1: broken JSON"
 
 
 def config_that_is_a_list(directory: Path) -> str:
@@ -178,7 +178,7 @@ def empty_shard(directory: Path) -> str:
 
 def broken_index(directory: Path) -> str:
     (directory / INDEX_NAME).write_text("{")
-    return f"{INDEX_NAME} is damaged"
+    return f"{INDEX_NAME}, line 1: broken JSON"
 
 
 def index_that_is_a_list(directory: Path) -> str:
