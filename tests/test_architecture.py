@@ -1,7 +1,7 @@
 """The shape of the package: imports point down, no cycles, small files and functions.
 
 The layers, lowest first; a module imports from its own layer's row only where the row is a team, and from any row
-below. The README's map of the code says the same in words.
+below. The map of the code in docs/development.md says the same in words.
 """
 
 from __future__ import annotations

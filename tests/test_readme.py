@@ -1,17 +1,19 @@
 """The documentation is true: its command lines run, its map leaves nothing out, its reference is the schema.
 
-Command lines run in order in a tiny project whose files have the names that the documentation uses. What cannot run
-here says why at its end: ``# needs several GPUs``. ``python -m tests.test_readme`` renews the generated parts.
+Every line of a ``sh`` block runs, in order, in a tiny project whose files have the names that the documentation uses.
+What cannot run here says why at its end: ``# needs several GPUs``. ``python -m tests.test_readme`` renews the generated
+parts.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +30,31 @@ from cadapter.errors import UsageError
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+DEVELOPMENT = ROOT / "docs" / "development.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+COMMAND_PAGES = ROOT / "docs" / "commands"
 PAGES = [
     *DOCUMENTS,
     ROOT / "CHANGELOG.md",
     *(ROOT / "examples" / name / "README.md" for name in ("reviews", "configs")),
 ]
 
-SKIPPED = {"README.md": {"several GPUs": 2, "several nodes": 3}}
+SKIPPED = {
+    "multi-node.md": {"several GPUs": 3, "several nodes": 4},
+    "tutorial.md": {"a real model and llama.cpp": 1, "llama.cpp": 1},
+}
 """How many lines of a document do not run here, by what they need."""
+
+ELSEWHERE = (
+    "examples/quickstart/run",  # .ci/run runs these two, and they make and use the environment
+    "tests/run",
+    ". .venv/bin/activate",
+    "pip install llama-cpp-python",
+    "python tests/benchmarks/",  # measured by hand
+    "python -m tests.benchmarks.",
+)
+"""How lines begin that are no part of a project."""
 
 SMALLER = {"sequence_len": "64", "gradient_accumulation_steps": "2"}
 """Keys of the README's config that the test makes smaller, and nothing else."""
@@ -51,14 +69,25 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def command_lines(document: Path) -> list[str]:
+    """The lines of shell blocks, but for those that run elsewhere."""
     lines = [line.strip() for block in blocks(document, "sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("cadapter ")]
+    return [line for line in lines if line and not line.startswith(ELSEWHERE)]
+
+
+def trains(document: Path) -> bool:
+    """Whether a document begins before the first run; else it is about an adapter that is there."""
+    return any(line.startswith("cadapter train") for line in command_lines(document))
 
 
 def needs(line: str) -> str | None:
-    """What a line needs that is not here."""
+    """What a line says that it needs, which is not here."""
     found = re.search(r"# needs (.+)$", line)
     return found[1] if found else None
+
+
+def lacks_llama(line: str) -> bool:
+    """Whether a line of the tutorial needs llama-cpp-python, and it is not installed."""
+    return "talk.py" in line and importlib.util.find_spec("llama_cpp") is None
 
 
 def examples_of(command: str) -> tuple[str, ...]:
@@ -87,7 +116,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_project import make_model, texts, write_jsonl
 
     root = tmp_path_factory.mktemp("documented")
-    make_model(root / "base", layers=2, hidden=32)
+    make_model(root / "base", layers=2, hidden=64)  # 4 bits want multiples of 64
     (root / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     for file, kind in (("good", "positive"), ("bad", "negative"), ("neutral", "neutral")):
         write_jsonl(root / f"{file}.jsonl", texts(kind, 24))
@@ -104,6 +133,23 @@ def trained(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with inside(root):
         run_here("cadapter train config.toml")
     shutil.copytree(root / "run" / "final", root / "style" / "final")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tutorial begins: a checkout in which the quickstart has run, with its config at hand. Read only."""
+    from tests.tiny_project import make_model, texts, write_jsonl
+
+    root = tmp_path_factory.mktemp("checkout")
+    work = root / "examples" / "quickstart" / "work"
+    (work / "corpus").mkdir(parents=True)
+    make_model(work / "base", layers=2, hidden=32, tied=True)
+    for file, kind in (("ornate", "positive"), ("plain", "negative")):
+        write_jsonl(work / "corpus" / f"{file}.jsonl", texts(kind, 24))
+    shutil.copytree(ROOT / "examples" / "tutorial", root / "examples" / "tutorial")
+    (config,) = blocks(TUTORIAL, "toml")
+    (root / "tutorial.toml").write_text(config, encoding="utf-8")
     return root
 
 
@@ -152,24 +198,68 @@ def run_here(line: str) -> str:
     return done.output
 
 
+def run_line(line: str) -> None:
+    """Run any line of a shell block; ``cadapter`` in this process, the rest in a shell."""
+    if line.startswith("cadapter "):
+        assert run_here(line).strip() or ">" in line
+    elif line.startswith("cd "):
+        os.chdir(line.removeprefix("cd "))
+    else:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
 # ---- command lines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_command_lines_of_a_document_run_in_order(document: Path, fresh: Path, tmp_path: Path) -> None:
-    root = tmp_path / "project"
-    shutil.copytree(fresh, root)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def run_lines(lines: list[str]) -> dict[str, int]:
+    """Run what can run here, in order; return how many lines cannot, by what they need."""
     skipped: dict[str, int] = {}
-    lines = command_lines(document)
+    for line in lines:
+        reason = needs(line)
+        if reason:
+            skipped[reason] = skipped.get(reason, 0) + 1
+        elif not lacks_llama(line):
+            run_line(line)
+    return skipped
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if each != TUTORIAL], ids=name_of)
+def test_the_command_lines_of_a_document_run_in_order(
+    document: Path, fresh: Path, trained: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "project"
+    shutil.copytree(fresh if trains(document) else trained, root)
+    if trains(document):
+        shutil.copytree(trained / "style", root / "style")
     with inside(root):
-        for line in lines:
-            reason = needs(line)
-            if reason:
-                skipped[reason] = skipped.get(reason, 0) + 1
-            else:
-                assert run_here(line).strip() or ">" in line
-    assert skipped == SKIPPED.get(document.name, {})
-    assert not lines or len(lines) > sum(skipped.values())
+        assert run_lines(command_lines(document)) == SKIPPED.get(document.name, {})
+
+
+def test_the_tutorial_can_be_followed(checkout: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(checkout, root)
+    lines = command_lines(TUTORIAL)
+    assert lines[:2] == ["mkdir tutorial", "cd tutorial"]
+    with inside(root):
+        run_line(lines[0])
+        shutil.copy("tutorial.toml", "tutorial/config.toml")
+        assert run_lines(lines[1:]) == SKIPPED[TUTORIAL.name]
+    assert (root / "tutorial" / "suppress.gguf").is_file()
+    assert (root / "tutorial" / "merged" / "config.json").is_file()
+
+
+def test_documents_have_command_lines() -> None:
+    """So that the patterns above find them."""
+    assert len(command_lines(README)) >= 5
+    assert all(command_lines(page) for page in COMMAND_PAGES.glob("*.md"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -202,9 +292,11 @@ def test_the_examples_with_several_processes_run(fresh: Path, tmp_path: Path) ->
     assert (root / "run" / "final" / "adapter_model.safetensors").is_file()
 
 
-def test_every_command_has_its_section_in_the_readme() -> None:
-    headings = re.findall(r"^### cadapter (\S+)$", README.read_text("utf-8"), re.MULTILINE)
-    assert headings == list(COMMANDS)
+def test_every_command_has_its_page_and_the_readme_leads_to_it() -> None:
+    pages = {page.stem: page.read_text("utf-8").splitlines()[0] for page in COMMAND_PAGES.glob("*.md")}
+    assert pages == {command: f"# cadapter {command}" for command in COMMANDS}
+    linked = re.findall(r"\]\(docs/commands/([a-z-]+)\.md\)", README.read_text("utf-8"))
+    assert sorted(linked) == sorted(COMMANDS)
 
 
 def test_options_that_the_pages_name_exist() -> None:
@@ -216,8 +308,9 @@ def test_options_that_the_pages_name_exist() -> None:
         for parameter in command.params:
             known.update(getattr(parameter, "opts", []))
     foreign = {
-        "--all", "--memory-megabytes", "--nproc-per-node", "--shape", "--variant", "--lora", "--lora-scaled",
-        "--settings", "--steps", "--table", "--logdir",
+        "--all", "--control-vector", "--logdir", "--lora", "--lora-scaled", "--memory-megabytes", "--nodes",
+        "--nproc-per-node", "--ntasks-per-node", "--outfile", "--settings", "--shape", "--shm-size", "--steps",
+        "--table", "--variant",
     }  # fmt: skip
     for page in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text("utf-8")))
@@ -229,7 +322,7 @@ def test_options_that_the_pages_name_exist() -> None:
 
 def map_of_the_code() -> dict[str, str]:
     """Path → what the map says of it; folders end with "/"."""
-    (text,) = [block for block in blocks(README, "text") if block.startswith("cadapter/ ")]
+    (text,) = [block for block in blocks(DEVELOPMENT, "text") if block.startswith("cadapter/ ")]
     found, folders = {}, [""]
     for line in text.splitlines():
         match = re.fullmatch(r"( *)(\S+)(?: +(.+))?", line)
@@ -258,7 +351,7 @@ def test_the_map_names_what_exists_and_leaves_no_module_out() -> None:
 
 
 def test_the_five_files_to_read_first_exist() -> None:
-    tour = re.findall(r"^\d\. `([^`]+)`: ", README.read_text("utf-8"), re.MULTILINE)
+    tour = re.findall(r"^\d\. `([^`]+)`: ", DEVELOPMENT.read_text("utf-8"), re.MULTILINE)
     assert len(tour) == 5
     assert all((ROOT / path).is_file() for path in tour)
 
@@ -269,7 +362,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")) if "://" not in link]
     for link in links:
