@@ -100,7 +100,9 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a directory.\nGive the directory of an adapter.")
     file = path / CONFIG_NAME
     if not file.is_file():
-        raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.\n{_REMEDY}")
+        is_model = (path / "config.json").is_file()
+        hint = " This is a model: commands that take both want BASE first, then ADAPTER." if is_model else ""
+        raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.\n{_REMEDY}{hint}")
     refuse_links_out(path, (CONFIG_NAME, WEIGHTS_NAME))
     config = read_json(file)
     if not isinstance(config, dict):

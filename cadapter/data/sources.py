@@ -88,7 +88,8 @@ def resolve_files(dataset_path: str) -> list[Path]:
     path = Path(os.path.expanduser(dataset_path))
     if path.is_dir():
         raise UsageError(
-            f"{dataset_path} is a directory.\nGive a file or a glob, for example '{dataset_path}/*.jsonl'."
+            f"{dataset_path} is a directory.\n"
+            f"Give a file or a glob, for example '{dataset_path.rstrip('/')}/*{_commonest_ending(path)}'."
         )
     if path.exists():
         files = [path]
@@ -101,6 +102,15 @@ def resolve_files(dataset_path: str) -> list[Path]:
     for file in files:
         format_of(file)
     return files
+
+
+def _commonest_ending(directory: Path) -> str:
+    """How most of the files in a directory end that are of a known kind."""
+    names = [name.lower() for name in os.listdir(directory)]
+    counts = {
+        ending: sum(name.endswith(ending) for name in names) for ending in (".jsonl", ".txt", ".json", ".parquet")
+    }
+    return max(counts, key=lambda ending: counts[ending])
 
 
 def read_records(

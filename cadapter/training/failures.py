@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from cadapter import terminal
@@ -50,9 +51,10 @@ def joined_world(directory: Path | None = None) -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
+        error = _in_plain_words(error, world)
         if world.size == 1:
             _keep(error, "", file)
-            raise
+            raise error
         told, code = _another_tells(error, world, file)
         if told:
             raise SystemExit(code) from None
@@ -66,6 +68,21 @@ def joined_world(directory: Path | None = None) -> Iterator[World]:
     finally:
         world.watch.stop()
         leave_world()
+
+
+def _in_plain_words(error: BaseException, world: World) -> BaseException:
+    """Where memory ran out, an error that says what to do; else ``error`` itself."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+    plain = CadapterError(
+        f"GPU memory ran out, {world.watch.own.phase}: {asked[0] if asked else type(error).__name__}.\n"
+        'Keep less (activation_checkpointing = "full" or "offload"), hold the base in 4 bits (load_in_4bit = true), '
+        "lower micro_batch_size or sequence_len, or use more pipeline_stages.\n"
+        "`cadapter plan CONFIG --gpu-memory GIB` says which of these fits."
+    )
+    plain.__cause__ = error
+    return plain
 
 
 def _heading(world: World) -> str:

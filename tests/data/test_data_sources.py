@@ -192,6 +192,13 @@ def test_no_files(tmp_path: Path, path: str, message: str) -> None:
         resolve_files(str(tmp_path / path))
 
 
+def test_a_directory_is_answered_with_what_is_in_it(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.TXT", "c.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(UsageError, match=r"/\*\.txt'"):
+        resolve_files(f"{tmp_path}/")
+
+
 def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbroken')
     documents = read_documents([tmp_path / "a.jsonl"])

@@ -15,6 +15,7 @@ import pytest
 
 from cadapter.errors import UsageError
 from cadapter.training.watch import limit_seconds
+from tests.joined_processes import run_processes
 from tests.tiny_project import Project, command, environment, metrics, run
 
 pytestmark = pytest.mark.processes
@@ -125,6 +126,21 @@ def test_a_process_that_never_comes_is_said(project: Project, tmp_path: Path) ->
     assert done.returncode == 1
     assert "error: Rank 0 of 2, start-up: the processes did not all meet at 127.0.0.1, port 29731" in done.stderr
     assert "internal error" not in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_too_little_gpu_memory_is_no_internal_error(processes: int) -> None:
+    """What PyTorch raises on a GPU, in one of the processes; it names what to set."""
+    body = (
+        "import torch; world.watch.enter('step 3 of 8')\n"
+        "    if world.rank == world.size - 1: raise torch.OutOfMemoryError('CUDA. Tried to allocate 2 GiB.')\n"
+        "    barrier()"
+    )
+    codes, said, _ = run_processes(body, processes)
+    assert codes == [1] * processes
+    assert said.count("CadapterError: GPU memory ran out, step 3 of 8: Tried to allocate 2 GiB.") == 1, said
+    assert "activation_checkpointing" in said
+    assert "cadapter plan CONFIG" in said
 
 
 def test_a_limit_that_is_none(project: Project) -> None:
