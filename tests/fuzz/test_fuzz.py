@@ -97,9 +97,10 @@ def test_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return (directory / "config.toml").read_text("ascii")
 
     def meddling(directory: Path) -> object:
-        return (directory / "other").write_bytes((directory / "config.toml").read_bytes())
+        with (directory / "other").open("ab") as file:  # longer with every call
+            return file.write(b"x")
 
     for read in (careless, meddling):
         monkeypatch.setitem(TARGETS, "config", Target(lambda directory: None, "config.toml", read, (b"{}",)))
         with pytest.raises((UnicodeDecodeError, AssertionError)):
-            fuzz("config", tmp_path, 100)
+            fuzz("config", tmp_path, 300)

@@ -157,8 +157,8 @@ def test_how_many_processes(gpus) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_gpus": 0}, "--num-gpus 0: at least one"),
-        ({"num_nodes": 0}, "--num-nodes 0: at least one"),
+        ({"num_gpus": 0}, "--num-gpus 0: give at least 1"),
+        ({"num_nodes": 0}, "--num-nodes 0: give at least 1"),
         ({"num_gpus": 3}, "pipeline_stages = 2 does not divide the 3 processes"),
         ({"num_nodes": 2}, "Several machines need --num-nodes M, --node-rank K"),
         ({"num_nodes": 2, "node_rank": 0}, "and --master-addr A"),
