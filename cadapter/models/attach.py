@@ -19,6 +19,7 @@ from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, Family, config_number
 from cadapter.models.loading import family_for, needed_attention
+from cadapter.models.own_code import is_own_class
 
 Strength = float | Sequence[float]
 """A strength for all rows of a batch, or one for each."""
@@ -46,7 +47,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
     """Load the model of ``checkpoint`` with transformers, for inference, straight to ``device``.
 
     Args:
-        checkpoint: its directory; code of the model's own is never run.
+        checkpoint: its directory; code of the model's own is run where the checkpoint was opened with it.
         dtype: of all weights; None: what the model's config says.
         device: for example "cpu" or "cuda:1".
 
@@ -67,7 +68,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
             directory,
             dtype="auto" if dtype is None else dtype,
             device_map={"": device},
-            trust_remote_code=False,
+            trust_remote_code=is_own_class(checkpoint.config),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, Family, LogitFacts, config_number, logit_facts
+from cadapter.models.own_code import is_own_class
 from cadapter.models.quantise import (
     KINDS,
     load_bitsandbytes,
@@ -67,7 +68,7 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=is_own_class(config)
             )
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:  # a wrong name, a missing package
         wanted = f"with {attention} attention" if attention else f"of type {config.model_type}"

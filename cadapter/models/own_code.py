@@ -1,0 +1,166 @@
+"""Python code that a model brings along: what of it is needed, whether it may run, and how it is imported.
+
+A model directory names classes of its own in ``auto_map``, ``{"AutoConfig": "FILE.CLASS", …}``, of ``config.json`` and
+``tokenizer_config.json``; transformers copies their files into a cache of modules and imports them from there. They run
+only for those who ask for it (``trust_remote_code``), and the model's only where transformers has no class of its own
+for the model's type: that is what the facts about families describe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cadapter.errors import UsageError
+from cadapter.files import read_json, refuse_links_out
+from cadapter.terminal import warn
+
+MODEL_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+_REFERENCE = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
+_told: set[str] = set()
+
+
+def needs_own_code(settings: Mapping[str, Any]) -> bool:
+    """Whether a model with these settings (of its config.json) is of a type that its own code alone knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return settings.get("model_type") not in CONFIG_MAPPING_NAMES and "AutoConfig" in _named(settings)
+
+
+def is_own_class(instance: object) -> bool:
+    """Whether the class of ``instance`` came out of a model's own code, which somebody has allowed."""
+    return type(instance).__module__.startswith("transformers_modules.")
+
+
+def tokenizer_classes(directory: Path) -> list[str]:
+    """The tokenizer classes of its own, ``FILE.CLASS``, that the model in ``directory`` names."""
+    try:
+        named = _named(read_json(directory / TOKENIZER_CONFIG)).get("AutoTokenizer")
+    except UsageError:  # not there, or damaged, which is told when it is loaded
+        return []
+    return [each for each in (named if isinstance(named, list) else [named]) if each is not None]
+
+
+def _named(settings: Any) -> Mapping[str, Any]:
+    """``auto_map``, of which an old form for tokenizers is a list."""
+    named = settings.get("auto_map") if isinstance(settings, dict) else None
+    return {"AutoTokenizer": named} if isinstance(named, list) else named if isinstance(named, dict) else {}
+
+
+def code_files(directory: Path) -> list[Path]:
+    """The files of the code that the model in ``directory`` names, and those that they import from beside them.
+
+    Raises:
+        UsageError: one is not there, or lies elsewhere.
+    """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    refuse_links_out(directory, ("*.py",))
+    settings = _named(read_json(directory / "config.json"))
+    classes = [settings[name] for name in MODEL_CLASSES if name in settings] + tokenizer_classes(directory)
+    found: set[Path] = set()
+    for reference in classes:
+        file = _file_of(directory, reference)
+        try:
+            found |= {file, *map(Path, get_relative_import_files(file))}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{file}, code of the model, cannot be read: {error}.") from error
+    elsewhere = [file for file in found if file.parent != directory]
+    if elsewhere:
+        raise UsageError(f"{directory}: its code imports {elsewhere[0]}; only code directly beside the model is run.")
+    return sorted(found)
+
+
+def _file_of(directory: Path, reference: Any) -> Path:
+    if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference):
+        raise UsageError(
+            f"{directory}: auto_map names {reference!r} as code of the model; only FILE.CLASS of a file in the model's "
+            "own directory is run.\nCopy the code beside the model, and name it so."
+        )
+    file = directory / f"{reference.partition('.')[0]}.py"
+    if not file.is_file():
+        raise UsageError(f"{directory}: auto_map names {reference}, but {file.name} is not there.\nDownload it again.")
+    return file
+
+
+class OwnCodeNeeded(UsageError):
+    """A model cannot be used without code of its own, which nobody has allowed."""
+
+
+def refusal(directory: Path, file: str, classes: list[Any]) -> OwnCodeNeeded:
+    """That ``classes`` of the model's own, named by its ``file``, are not run unasked, and what to do."""
+    names = dict.fromkeys(f"{str(each).rpartition('--')[2].partition('.')[0]}.py" for each in classes)
+    return OwnCodeNeeded(
+        f"{directory / file} cannot be used: it needs code of the model's own ({', '.join(names)}), which is not run "
+        "unasked.\n"
+        "To run it, set trust_remote_code = true in the config, or give --trust-remote-code to a command without one.\n"
+        f"This runs code from {directory}, which can do all that you can: read it first."
+    )
+
+
+def refuse_model(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Raise the :func:`refusal` of the code of a model with these settings."""
+    named = _named(settings)
+    raise refusal(directory, "config.json", [named[name] for name in MODEL_CLASSES if name in named])
+
+
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[None]:
+    """Import code of ``directory`` within this: told once, and by one process at a time.
+
+    Processes that begin together would otherwise read files of transformers' cache of modules that another is still
+    writing; later ones find them there. A file system without locks lets all in.
+
+    Raises:
+        UsageError: the code is not all there, or leads out of the directory.
+    """
+    from transformers.utils.hub import HF_MODULES_CACHE
+
+    files = ", ".join(file.name for file in code_files(directory))
+    _tell_once(f"Code of {directory} is run ({files}), because trust_remote_code is set.")
+    cache = Path(HF_MODULES_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".cadapter-lock", "w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def load_config(directory: Path) -> Any:
+    """The config of a model of whose type its own code alone knows, with that code; all of the model's is imported.
+
+    Raises:
+        UsageError: the code is not all there, or leads out of the directory.
+    """
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    with running(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
+        reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+        if reference is None:
+            raise UsageError(f"{directory / 'config.json'} cannot be used: its auto_map has no AutoModelForCausalLM.")
+        get_class_from_dynamic_module(reference, str(directory), local_files_only=True)
+    return config
+
+
+def tell_unused(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Say, where the model of ``directory`` brings code that was allowed and is not needed, that it is not run."""
+    if "AutoModelForCausalLM" in _named(settings):
+        _tell_once(
+            f"The model code of {directory} is not run: transformers has its own for type {settings['model_type']!r}."
+        )
+
+
+def _tell_once(text: str) -> None:
+    """Warn in one process of a run."""
+    if text not in _told and os.environ.get("RANK", "0") == "0":
+        warn(text)
+    _told.add(text)
