@@ -27,16 +27,43 @@ _REFERENCE = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
 _told: set[str] = set()
 
 
-def needs_own_code(settings: Mapping[str, Any]) -> bool:
+def needs_own_code(settings: Any) -> bool:
     """Whether a model with these settings (of its config.json) is of a type that its own code alone knows."""
+    return "AutoConfig" in _named(settings) and not _known_type(settings)
+
+
+def _known_type(settings: Mapping[str, Any]) -> bool:
+    """Whether transformers has a config class for the model's type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return settings.get("model_type") not in CONFIG_MAPPING_NAMES and "AutoConfig" in _named(settings)
+    return str(settings.get("model_type")) in CONFIG_MAPPING_NAMES
 
 
 def is_own_class(instance: object) -> bool:
     """Whether the class of ``instance`` came out of a model's own code, which somebody has allowed."""
     return type(instance).__module__.startswith("transformers_modules.")
+
+
+def auto_model(config: Any) -> Any:
+    """transformers' ``AutoModelForCausalLM``, which makes of ``config`` the model that the code beside it describes.
+
+    By itself it keeps to the first model that it saw with a config class, and directories of one name whose models
+    differ may share their config's code.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    if is_own_class(config):
+        reference = config.auto_map["AutoModelForCausalLM"]
+        own = get_class_from_dynamic_module(reference, config.name_or_path, local_files_only=True)
+        AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(own), exist_ok=True)
+    return AutoModelForCausalLM
+
+
+def failures(config: Any, *usual: type[Exception]) -> tuple[type[Exception], ...]:
+    """What building the model of ``config`` may raise: the ``usual``, but of a model's own code anything."""
+    return (Exception,) if is_own_class(config) else usual
 
 
 def tokenizer_classes(directory: Path) -> list[str]:
@@ -121,7 +148,7 @@ def running(directory: Path) -> Iterator[None]:
     Raises:
         UsageError: the code is not all there, or leads out of the directory.
     """
-    from transformers.utils.hub import HF_MODULES_CACHE
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
     files = ", ".join(file.name for file in code_files(directory))
     _tell_once(f"Code of {directory} is run ({files}), because trust_remote_code is set.")
@@ -137,23 +164,30 @@ def load_config(directory: Path) -> Any:
     """The config of a model of whose type its own code alone knows, with that code; all of the model's is imported.
 
     Raises:
-        UsageError: the code is not all there, or leads out of the directory.
+        UsageError: the code is not all there, leads out of the directory, or fails.
     """
+    import transformers
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     with running(directory):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
-        reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+        reference = _named(read_json(directory / "config.json")).get("AutoModelForCausalLM")
         if reference is None:
             raise UsageError(f"{directory / 'config.json'} cannot be used: its auto_map has no AutoModelForCausalLM.")
-        get_class_from_dynamic_module(reference, str(directory), local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
+            get_class_from_dynamic_module(reference, str(directory), local_files_only=True)
+        except Exception as error:  # code that anybody wrote, for any version
+            raise UsageError(
+                f"{directory}: its own code fails ({type(error).__name__}: {error}).\n"
+                f"It may need packages that are not installed, or another transformers than {transformers.__version__}."
+            ) from error
     return config
 
 
 def tell_unused(directory: Path, settings: Mapping[str, Any]) -> None:
     """Say, where the model of ``directory`` brings code that was allowed and is not needed, that it is not run."""
-    if "AutoModelForCausalLM" in _named(settings):
+    if "AutoModelForCausalLM" in _named(settings) and _known_type(settings):
         _tell_once(
             f"The model code of {directory} is not run: transformers has its own for type {settings['model_type']!r}."
         )

@@ -6,25 +6,28 @@ their files leaves a trace where it is run.
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import re
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import cadapter
 from cadapter.data import Tokenizer
+from cadapter.doctor.places import check_config
 from cadapter.errors import UsageError
 from cadapter.models.attach import load_causal_lm
 from cadapter.models.checkpoint import Checkpoint, load_model_config
 from cadapter.models.loading import CausalLM
 from tests.forked_commands import call, run_all, run_all_well
-from tests.tiny_project import Project, make_project, metrics
+from tests.tiny_project import Project, make_project, metrics, run
 
 pytestmark = pytest.mark.usefixtures("modules_here")
 
@@ -107,10 +110,12 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def modules_here(variables: dict[str, str]) -> Any:
-    """The trace's place in this process, too."""
-    os.environ["OWN_CODE_RAN"] = variables["OWN_CODE_RAN"]
-    yield
-    del os.environ["OWN_CODE_RAN"]
+    """The same in this process, where transformers has read its variables already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OWN_CODE_RAN", variables["OWN_CODE_RAN"])
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", variables["HF_MODULES_CACHE"])
+        patch.setattr(sys, "path", list(sys.path))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +207,8 @@ def test_commands_with_the_flag(trained: Project, variables: dict[str, str], tmp
     assert type(given).__name__ == "MineForCausalLM"
     with pytest.raises(UsageError, match="not run unasked"):
         cadapter.load(base, adapter)
-    with cadapter.load(base, adapter, dtype="float32", device="cpu", trust_remote_code=True) as steered:
-        torch.testing.assert_close(given(IDS).logits, steered(IDS).logits, rtol=0, atol=1e-2)
+    steered: Any = cadapter.load(base, adapter, dtype="float32", device="cpu", trust_remote_code=True)
+    torch.testing.assert_close(given(IDS).logits, steered(IDS).logits, rtol=0, atol=1e-2)
 
 
 def test_full_fine_tuning_writes_its_code_too(project: Project, variables: dict[str, str]) -> None:
@@ -218,13 +223,13 @@ def test_full_fine_tuning_writes_its_code_too(project: Project, variables: dict[
 def test_without_it_every_command_refuses(trained: Project, variables: dict[str, str], tmp_path: Path) -> None:
     root = trained.root
     base, adapter, out = root / "model", root / "run" / "final", tmp_path / "out"
-    config = root / "run.toml"
+    config, two = root / "alone.toml", root / "run.toml"
     plain = ("--set", "trust_remote_code=false")
     run_all_well(call("to-add-lora", base, adapter, tmp_path / "lora", "--trust-remote-code"), **variables)
     refused = [
         call("prepare", config, *plain),
         call("train", config, "--dry-run", *plain, "--set", f'output_dir="{out}"'),
-        call("train", config, *plain, "--set", f'output_dir="{out}"', processes=2),
+        call("train", two, *plain, "--set", f'output_dir="{out}"', processes=2),
         call("plan", config, *plain),
         call("eval", config, *plain),
         call("generate", base, "The film"),
@@ -265,7 +270,7 @@ def edited(project: Project, directory: Path, **auto_map: Any) -> Path:
 )
 def test_code_of_another_place_is_refused(project: Project, tmp_path: Path, reference: Any) -> None:
     model = edited(project, tmp_path / "model", AutoModelForCausalLM=reference)
-    with pytest.raises(UsageError, match="only FILE.CLASS of a file in the model's own directory is run"):
+    with pytest.raises(UsageError, match=r"only FILE\.CLASS of a file in the model's own directory is run"):
         load_model_config(model, trust_remote_code=True)
 
 
@@ -281,8 +286,64 @@ def test_code_that_is_not_all_there_or_elsewhere_is_refused(project: Project, tm
     (model / "sub").mkdir()
     shutil.copy(project.root / "model" / "scaling_mine.py", model / "sub" / "x.py")
     (model / "modeling_mine.py").write_text("from .sub.x import FACTOR\n")
-    with pytest.raises(UsageError, match="code of the model, cannot be read|only code directly beside the model"):
+    with pytest.raises(UsageError, match=r"code of the model, cannot be read|only code directly beside the model"):
         load_model_config(model, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("configuration_mine", "from transformers import NothingOfTheKind", "NothingOfTheKind"),
+        ("modeling_mine", "import no_such_package", "no_such_package"),
+        ("modeling_mine", "raise RuntimeError('at import')", "RuntimeError: at import"),
+        ("scaling_mine", "FACTOR = None", "TypeError"),
+        ("modeling_mine", "MineForCausalLM.__init__ = lambda *_: [][0]", "IndexError"),
+    ],
+)
+def test_code_that_fails_is_told(project: Project, tmp_path: Path, file: str, line: str, said: str) -> None:
+    model = edited(project, tmp_path / "model")
+    with open(model / f"{file}.py", "a") as code:
+        code.write(f"\n\n{line}\n")
+    with pytest.raises(UsageError, match=said) as refused:
+        CausalLM(Checkpoint(model, trust_remote_code=True), torch.float32)
+    assert str(model) in str(refused.value)
+    with pytest.raises(UsageError, match=re.escape(str(model))):
+        load_causal_lm(Checkpoint(model, trust_remote_code=True), torch.float32, "cpu")
+
+
+def test_one_process_after_the_other_imports_it(project: Project, variables: dict[str, str], tmp_path: Path) -> None:
+    """Another that holds the lock is waited for; what it is for is a file that is still being written."""
+    done = threading.Event()
+
+    def load() -> None:
+        load_model_config(project.root / "model", trust_remote_code=True)
+        done.set()
+
+    with open(Path(variables["HF_MODULES_CACHE"]) / ".cadapter-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=load)
+        thread.start()
+        assert not done.wait(0.5)
+    thread.join(60)
+    assert done.is_set()
+
+
+def test_doctor_tells_of_it(project: Project) -> None:
+    (without,) = [each for each in check_config(project.write_config("checked")) if each.name == "model"]
+    assert without.status == "broken"
+    assert "it needs code of the model's own (configuration_mine.py, modeling_mine.py)" in without.text
+    allowed = project.write_config("checked", trust_remote_code=True)
+    (warned,) = [each for each in check_config(allowed) if each.status == "warning" and "ode of" in each.text]
+    assert warned.name == "trust_remote_code"
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_processes_that_run_it(project: Project, variables: dict[str, str], tmp_path: Path) -> None:
+    """From an empty cache of modules, which all of them fill at once."""
+    config = project.write_config("launched", **KEYS, trust_remote_code=True, pipeline_stages=2)
+    done = run("train", config, "--num-gpus", 2, **{**variables, "HF_MODULES_CACHE": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("is run") == 1
 
 
 def test_a_type_that_transformers_knows_is_its_own(
