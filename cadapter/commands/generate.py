@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadapter.commands.shared_options import Dtype, TrustOption
+from cadapter.commands.shared_options import Dtype, TrustOption, trust_words
 
 if TYPE_CHECKING:
     from cadapter.models.checkpoint import Checkpoint
@@ -97,18 +97,20 @@ def command(
     strengths = COMPARED if compare else (1.0 if strength is None else strength,)
     texts = _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device), trust_remote_code)
     _show(text, texts)
-    note(f"--- next ---\n{_next_command(model, adapter, strengths)}")  # a heading, as texts have: not part of one
+    following = _next_command(model, adapter, strengths, trust_words(trust_remote_code))
+    note(f"--- next ---\n{following}")  # a heading, as texts have: not part of one
 
 
-def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...]) -> str:
+def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...], further: list[str]) -> str:
     """After the base its training, after one strength all three, after these a model that has one in its weights."""
     import shlex
 
     if adapter is None:
         return "cadapter train config.toml"
     if len(strengths) > 1:
-        return shlex.join(["cadapter", "merge", model, str(adapter), "merged"])
-    return shlex.join(["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"])
+        return shlex.join(["cadapter", "merge", model, str(adapter), "merged", *further])
+    words = ["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"]
+    return shlex.join([*words, *further])
 
 
 def _continuations(

@@ -17,6 +17,7 @@ from cadapter.commands.shared_options import (
     TrustOption,
     WritersOption,
     check_output,
+    trust_words,
 )
 from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
@@ -118,7 +119,7 @@ def command(
         chosen = writers.value if writers else None
         judge = partial(verdict, exact=recipe.exact, rounded_to=_less_than_float32(summary.dtypes), writers=chosen)
         show_fidelity(model, source, Checkpoint(output, trust_remote_code), rows, judge, device)
-    trusting = " --trust-remote-code" if trust_remote_code else ""
+    trusting = "".join(f" {word}" for word in trust_words(trust_remote_code))
     note(f'Next: cadapter generate {shlex.quote(str(output))} "Once upon a time"{trusting}')
 
 

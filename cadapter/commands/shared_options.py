@@ -62,6 +62,11 @@ TrustOption = Annotated[
 ]
 
 
+def trust_words(trust_remote_code: bool) -> list[str]:
+    """The words of :data:`TrustOption` for the next command, where this one had them."""
+    return ["--trust-remote-code"] if trust_remote_code else []
+
+
 def check_output(output: Path, force: bool, *inputs: str | Path, gguf: bool = False) -> None:
     """Refuse an output that exists; with ``force`` one that is or holds an input, or that cadapter did not write.
 

@@ -16,6 +16,7 @@ from cadapter.commands.shared_options import (
     TrustOption,
     WritersOption,
     check_output,
+    trust_words,
 )
 from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
@@ -58,6 +59,7 @@ def command(
     from cadapter.convert.operators import Dial
     from cadapter.convert.plan import make_recipe
     from cadapter.models.checkpoint import open_model
+    from cadapter.models.own_code import is_own_class
     from cadapter.terminal import note, progress, warn
 
     check_output(output, force, base, adapter)
@@ -86,7 +88,10 @@ def command(
         chosen = writers.value if writers else None
         judge = partial(verdict, exact=summary.exact, truncated=summary.rank < control.rank, writers=chosen)
         show_fidelity(model, [(control, dial)], converted, rows, judge)
-    note(f"Next: {shlex.join(['cadapter', 'to-gguf', str(output), f'{output}.gguf', '--base', base])}")
+    words = ["cadapter", "to-gguf", str(output), f"{output}.gguf", "--base", base]
+    if is_own_class(model.config):  # of which llama.cpp has no architecture
+        words = ["cadapter", "merge", base, str(output), f"{output}-merged", *trust_words(trust_remote_code)]
+    note(f"Next: {shlex.join(words)}")
 
 
 def _print_kept(summary: AdditiveSummary) -> None:

@@ -16,6 +16,7 @@ from cadapter.commands.shared_options import (
     TrustOption,
     WritersOption,
     check_output,
+    trust_words,
 )
 from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
@@ -84,4 +85,5 @@ def command(
         converted = ChangedCheckpoint(tested, make_recipe(tested, output, Dial()).plan)
         judge = partial(verdict, exact=summary.exact, writers=writers.value if writers else None)
         show_fidelity(tested, [(control, dial)], converted, rows, judge)
-    note(f"Next: {shlex.join(['cadapter', 'merge', base or recorded or 'BASE', str(output), f'{output}-merged'])}")
+    words = ["cadapter", "merge", base or recorded or "BASE", str(output), f"{output}-merged"]
+    note(f"Next: {shlex.join([*words, *trust_words(trust_remote_code)])}")
