@@ -212,9 +212,12 @@ def test_commands_with_the_flag(trained: Project, variables: dict[str, str], tmp
 
 
 def test_full_fine_tuning_writes_its_code_too(project: Project, variables: dict[str, str]) -> None:
-    without = {"use_control_adapters": False, "lora_weight_decay": None, "full_fine_tune": True, "lora_rank": None}
+    without = {"use_control_adapters": False, "lora_weight_decay": None, "full_fine_tune": True, "lora_rank": None,
+               "checkpoint_interval_steps": 2}  # fmt: skip
     config = project.write_config("full", ("positive",), **{**KEYS, **without}, trust_remote_code=True)
-    run_all_well(call("train", config), **variables)
+    again = ("--resume-from-checkpoint", "--set", "max_steps=4")
+    _, said, _ = run_all_well(call("train", config), call("train", config, *again), call("eval", config), **variables)
+    assert "Resuming from" in said  # a checkpoint, which is a model with code of its own
     final = project.root / "full" / "final"
     assert {file.name for file in final.glob("*.py")} == CODE_FILES
     assert type(theirs(final)).__name__ == "MineForCausalLM"
