@@ -106,7 +106,7 @@ def _own_code(model: Path, trusted: bool) -> Iterator[Finding]:
         settings = read_json(model / "config.json")
         if needs_own_code(settings) and not trusted:
             refuse_model(model, settings)
-    except ImportError:
+    except (ImportError, RuntimeError):  # a broken transformers, which is told elsewhere
         return
     except UsageError as error:
         said, *rest = str(error).splitlines()

@@ -106,7 +106,8 @@ def load_model_config(directory: Path, trust_remote_code: bool = False) -> Any:
     own = own_code.needs_own_code(settings)
     if own and not trust_remote_code:
         own_code.refuse_model(directory, settings)
-    if trust_remote_code and not own:
+    if trust_remote_code:
+        own_code.code_files(directory)  # all of it is there, before anything is done with the model
         own_code.tell_unused(directory, settings)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

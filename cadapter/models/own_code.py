@@ -82,7 +82,7 @@ def _named(settings: Any) -> Mapping[str, Any]:
 
 
 def code_files(directory: Path) -> list[Path]:
-    """The files of the code that the model in ``directory`` names, and those that they import from beside them.
+    """The files of the code that the model in ``directory`` needs, and those that they import from beside them.
 
     Raises:
         UsageError: one is not there, or lies elsewhere.
@@ -90,8 +90,8 @@ def code_files(directory: Path) -> list[Path]:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     refuse_links_out(directory, ("*.py",))
-    settings = _named(read_json(directory / "config.json"))
-    classes = [settings[name] for name in MODEL_CLASSES if name in settings] + tokenizer_classes(directory)
+    settings = read_json(directory / "config.json")
+    classes = (_model_classes(settings) if needs_own_code(settings) else []) + tokenizer_classes(directory)
     found: set[Path] = set()
     for reference in classes:
         file = _file_of(directory, reference)
@@ -103,6 +103,11 @@ def code_files(directory: Path) -> list[Path]:
     if elsewhere:
         raise UsageError(f"{directory}: its code imports {elsewhere[0]}; only code directly beside the model is run.")
     return sorted(found)
+
+
+def _model_classes(settings: Any) -> list[Any]:
+    named = _named(settings)
+    return [named[name] for name in MODEL_CLASSES if name in named]
 
 
 def _file_of(directory: Path, reference: Any) -> Path:
@@ -134,8 +139,7 @@ def refusal(directory: Path, file: str, classes: list[Any]) -> OwnCodeNeeded:
 
 def refuse_model(directory: Path, settings: Mapping[str, Any]) -> None:
     """Raise the :func:`refusal` of the code of a model with these settings."""
-    named = _named(settings)
-    raise refusal(directory, "config.json", [named[name] for name in MODEL_CLASSES if name in named])
+    raise refusal(directory, "config.json", _model_classes(settings))
 
 
 @contextlib.contextmanager
@@ -146,15 +150,21 @@ def running(directory: Path) -> Iterator[None]:
     writing; later ones find them there. A file system without locks lets all in.
 
     Raises:
-        UsageError: the code is not all there, or leads out of the directory.
+        UsageError: the code is not all there, leads out of the directory, or has no place to be copied to.
     """
     from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
     files = ", ".join(file.name for file in code_files(directory))
     _tell_once(f"Code of {directory} is run ({files}), because trust_remote_code is set.")
-    cache = Path(HF_MODULES_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / ".cadapter-lock", "w") as lock:
+    try:
+        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(HF_MODULES_CACHE) / ".cadapter-lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UsageError(
+            f"{HF_MODULES_CACHE}, where transformers puts code of models, cannot be written: {error.strerror}.\n"
+            "Name another directory in the variable HF_MODULES_CACHE."
+        ) from error
+    with lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -26,6 +26,7 @@ from cadapter.errors import UsageError
 from cadapter.models.attach import load_causal_lm
 from cadapter.models.checkpoint import Checkpoint, load_model_config
 from cadapter.models.loading import CausalLM
+from cadapter.models.own_code import code_files
 from tests.forked_commands import call, run_all, run_all_well
 from tests.tiny_project import Project, make_project, metrics, run
 
@@ -331,6 +332,16 @@ def test_one_process_after_the_other_imports_it(project: Project, variables: dic
     assert done.is_set()
 
 
+def test_a_cache_that_cannot_be_written_is_told(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    for load in (Checkpoint, lambda *arguments: Tokenizer(*arguments).fast):
+        with pytest.raises(UsageError, match="Name another directory in the variable HF_MODULES_CACHE"):
+            load(project.root / "model", True)
+
+
 def test_doctor_tells_of_it(project: Project) -> None:
     (without,) = [each for each in check_config(project.write_config("checked")) if each.name == "model"]
     assert without.status == "broken"
@@ -352,9 +363,10 @@ def test_the_launcher_starts_processes_that_run_it(project: Project, variables: 
 def test_a_type_that_transformers_knows_is_its_own(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = edited(project, tmp_path / "model")
+    model = edited(project, tmp_path / "model", AutoModelForCausalLM="someone/else--modeling_mine.Mine")
     content = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**content, "model_type": "llama"}))
     checkpoint = Checkpoint(model, trust_remote_code=True)
     assert type(load_causal_lm(checkpoint, None, "cpu")).__module__.startswith("transformers.models.llama")
     assert "is not run: transformers has its own for type 'llama'" in capsys.readouterr().err
+    assert [file.name for file in code_files(model)] == ["tokenization_mine.py"]
