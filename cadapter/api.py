@@ -26,7 +26,7 @@ from cadapter.errors import UsageError
 from cadapter.files import new_directory
 from cadapter.models.attach import SteeredModel, Strength, check_fit, load_causal_lm
 from cadapter.models.attach_lora import SteeredLora
-from cadapter.models.checkpoint import Checkpoint, resolve_model
+from cadapter.models.checkpoint import Checkpoint, open_model
 from cadapter.models.device import usable_device
 from cadapter.written import refuse_foreign_directory
 
@@ -194,6 +194,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> SteeredLM:
     """Return a Hugging Face model with one or more adapters attached, which act at every position.
 
@@ -207,6 +208,7 @@ def load(
         strength: to start with, as :meth:`SteeredLM.set_strength` takes it; adapters that it does not name start at 1.
         dtype: of the weights, "bfloat16" for instance. Default: the model's own.
         device: where to load the model. Default: "cuda" where there is a GPU, else "cpu".
+        trust_remote_code: run Python code that the model's directory brings, where transformers does not know its type.
 
     Raises:
         UsageError: a directory is not what it should be, an adapter does not fit the model or has no such strength.
@@ -219,7 +221,7 @@ def load(
     wanted = {**dict.fromkeys(found, 1.0), **_by_name(strength, found)}
     causal_lm: Any = model
     if isinstance(model, (str, Path)):
-        checkpoint = Checkpoint(resolve_model(model))
+        checkpoint = open_model(model, trust_remote_code)
         for each in found.values():
             each.check(checkpoint)
         causal_lm = load_causal_lm(checkpoint, _dtype(dtype), _device(device))

@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 from cadapter.cli import COMMANDS, app
 from cadapter.config import ClassWeights, Config, DatasetConfig, load_config
 from cadapter.config.wording import reference_table
-from cadapter.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -390,25 +389,6 @@ def with_reference(text: str) -> str:
 def test_the_reference_is_the_schema() -> None:
     text = CONFIGURATION.read_text("utf-8")
     assert text == with_reference(text), "renew it: python -m tests.test_readme"
-
-
-def test_what_is_said_to_be_unsupported_is_and_nothing_else(tmp_path: Path) -> None:
-    """Each line is refused in these words; each key whose value can be refused so has its line."""
-    from cadapter.config import unsupported
-
-    section = CONFIGURATION.read_text("utf-8").split("## Not supported yet")[1].split("\n## ")[0]
-    settings = re.findall(r"^- `([^`]+)`", section, re.MULTILINE)
-    config = tmp_path / "config.toml"
-    config.write_text(config_for_here(), encoding="utf-8")
-    for setting in settings:
-        key = setting.split(" = ")[0]
-        with pytest.raises(UsageError) as refused:
-            load_config(config, [setting])
-        lines = [line for line in str(refused.value).splitlines() if f"{key} = " in line or f"--set {key}" in line]
-        assert any("not supported yet" in line for line in lines), f"{setting}\n{refused.value}"
-    rows = [row.key for row in unsupported._CONFIG_ROWS]
-    named = [setting.split(" = ")[0].rpartition(".")[2] for setting in settings]
-    assert sorted(named) == sorted(rows)
 
 
 def test_every_config_on_the_pages_loads(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cadapter.commands.shared_options import trust_words
+
 if TYPE_CHECKING:
     from cadapter.config import Config
     from cadapter.steering.report import Report
@@ -238,12 +240,13 @@ def _note_next(settings: Config, directory: Path) -> None:
     from cadapter.terminal import note
 
     chat = " --chat" if settings.has_chats else ""
+    trusting = "".join(f" {word}" for word in trust_words(settings.trust_remote_code))
     if not (directory / CONFIG_NAME).is_file():
-        note(f"Next: cadapter generate {directory} PROMPT{chat}")
+        note(f"Next: cadapter generate {directory} PROMPT{chat}{trusting}")
     elif kind_of(directory) == "control":
-        note(f"Next: cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare{chat}")
+        note(f"Next: cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare{chat}{trusting}")
     else:
-        note(f"Next: cadapter merge {settings.model_dir} {directory} OUTPUT")
+        note(f"Next: cadapter merge {settings.model_dir} {directory} OUTPUT{trusting}")
 
 
 def _file_and_class(text: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadapter.commands.shared_options import Dtype
+from cadapter.commands.shared_options import Dtype, TrustOption, trust_words
 
 if TYPE_CHECKING:
     from cadapter.models.checkpoint import Checkpoint
@@ -77,6 +77,7 @@ def command(
             rich_help_panel=_PLACE,
         ),
     ] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Generate text from MODEL, with a control adapter applied natively.
 
@@ -94,19 +95,22 @@ def command(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _prompt_or_input(prompt)
     strengths = COMPARED if compare else (1.0 if strength is None else strength,)
-    _show(text, _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device)))
-    note(f"--- next ---\n{_next_command(model, adapter, strengths)}")  # a heading, as texts have: not part of one
+    texts = _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device), trust_remote_code)
+    _show(text, texts)
+    following = _next_command(model, adapter, strengths, trust_words(trust_remote_code))
+    note(f"--- next ---\n{following}")  # a heading, as texts have: not part of one
 
 
-def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...]) -> str:
+def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...], further: list[str]) -> str:
     """After the base its training, after one strength all three, after these a model that has one in its weights."""
     import shlex
 
     if adapter is None:
         return "cadapter train config.toml"
     if len(strengths) > 1:
-        return shlex.join(["cadapter", "merge", model, str(adapter), "merged"])
-    return shlex.join(["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"])
+        return shlex.join(["cadapter", "merge", model, str(adapter), "merged", *further])
+    words = ["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"]
+    return shlex.join([*words, *further])
 
 
 def _continuations(
@@ -117,25 +121,26 @@ def _continuations(
     strengths: tuple[float, ...],
     sampling: Sampling,
     place: tuple[Dtype | None, str | None],
+    trust_remote_code: bool,
 ) -> dict[str, str]:
     """What the model writes after the prompt at each strength, by heading; without an adapter the base's text."""
     from cadapter.adapters.directory import read_control_adapter
     from cadapter.adapters.strengths import layer_transform, neumann_note
     from cadapter.data import Tokenizer
     from cadapter.models.attach import SteeredModel, check_fit
-    from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.models.checkpoint import open_model
     from cadapter.models.generation import continuation, encode_prompt
     from cadapter.terminal import progress, warn
 
     files = read_control_adapter(adapter) if adapter else None
-    checkpoint = Checkpoint(resolve_model(model))
+    checkpoint = open_model(model, trust_remote_code)
     if files is not None:
         check_fit(files, checkpoint)
         # Refuse an impossible strength before any weight is read.
         for layer in files.layers:
             for t in strengths:
                 layer_transform(files, layer, t)
-    tokenizer = Tokenizer(checkpoint.directory).fast
+    tokenizer = Tokenizer(checkpoint.directory, trust_remote_code).fast
     ids = encode_prompt(tokenizer, prompt, chat)
     causal_lm = _load(checkpoint, *place)
     reach = ids.shape[1] + sampling.max_new_tokens

@@ -14,8 +14,10 @@ from cadapter.commands.shared_options import (
     ForceOption,
     OutputArgument,
     StrengthOption,
+    TrustOption,
     WritersOption,
     check_output,
+    trust_words,
 )
 from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
@@ -67,6 +69,7 @@ def command(
     ] = False,
     verify: VerifyOption = False,
     text: TextOption = None,
+    trust_remote_code: TrustOption = False,
     force: ForceOption = False,
 ) -> None:
     """Merge an adapter into its base model.
@@ -81,7 +84,7 @@ def command(
     from cadapter.convert.merge import merge_card, merge_model
     from cadapter.convert.operators import Dial
     from cadapter.convert.plan import make_recipe
-    from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.models.checkpoint import Checkpoint, open_model
     from cadapter.models.device import usable_device
     from cadapter.terminal import note, progress, warn
 
@@ -89,7 +92,7 @@ def command(
     further = [_directory_and_strength(text) for text in also or []]
     check_output(output, force, base, adapter, *(directory for directory, _ in further))
     place, stored = usable_device(device), dtype.value if dtype else None
-    model = Checkpoint(resolve_model(base))
+    model = open_model(base, trust_remote_code)
     recipe = make_recipe(model, adapter, dial, further, writers.value if writers else None, multiplicative)
     for line in recipe.notes:
         warn(line)
@@ -115,8 +118,9 @@ def command(
         source = recipe.adapters if len(recipe.adapters) == len(recipe.steps) else recipe.plan
         chosen = writers.value if writers else None
         judge = partial(verdict, exact=recipe.exact, rounded_to=_less_than_float32(summary.dtypes), writers=chosen)
-        show_fidelity(model, source, Checkpoint(output), rows, judge, device)
-    note(f'Next: cadapter generate {shlex.quote(str(output))} "Once upon a time"')
+        show_fidelity(model, source, Checkpoint(output, trust_remote_code), rows, judge, device)
+    trusting = "".join(f" {word}" for word in trust_words(trust_remote_code))
+    note(f'Next: cadapter generate {shlex.quote(str(output))} "Once upon a time"{trusting}')
 
 
 def _less_than_float32(dtypes: set[str]) -> str | None:

@@ -52,6 +52,19 @@ WritersOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace OUTPUT, if cadapter wrote it.", rich_help_panel="More")
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the model's directory brings, where it is needed. It can do all that you can.",
+        rich_help_panel="More",
+    ),
+]
+
+
+def trust_words(trust_remote_code: bool) -> list[str]:
+    """The words of :data:`TrustOption` for the next command, where this one had them."""
+    return ["--trust-remote-code"] if trust_remote_code else []
 
 
 def check_output(output: Path, force: bool, *inputs: str | Path, gguf: bool = False) -> None:

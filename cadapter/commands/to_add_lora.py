@@ -13,8 +13,10 @@ from cadapter.commands.shared_options import (
     InverseOption,
     OutputArgument,
     StrengthOption,
+    TrustOption,
     WritersOption,
     check_output,
+    trust_words,
 )
 from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
@@ -40,6 +42,7 @@ def command(
     writers: WritersOption = None,
     verify: VerifyOption = False,
     text: TextOption = None,
+    trust_remote_code: TrustOption = False,
     force: ForceOption = False,
 ) -> None:
     """Turn a control adapter into an additive LoRA that peft loads.
@@ -55,12 +58,13 @@ def command(
     from cadapter.convert.fidelity import ChangedCheckpoint, verdict
     from cadapter.convert.operators import Dial
     from cadapter.convert.plan import make_recipe
-    from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.models.checkpoint import open_model
+    from cadapter.models.own_code import is_own_class
     from cadapter.terminal import note, progress, warn
 
     check_output(output, force, base, adapter)
     dial = Dial.from_options(strength=strength, inverse=inverse)
-    control, model = read_control_adapter(adapter), Checkpoint(resolve_model(base))
+    control, model = read_control_adapter(adapter), open_model(base, trust_remote_code)
     rows = rows_for(model, verify, text)
     with progress("converting", unit="residual writers") as advance:
         summary = to_add_lora(
@@ -80,11 +84,14 @@ def command(
     biases = f", {summary.biases} with a bias" if summary.biases else ""
     note(f"{output}: LoRA at {dial}, {summary.pairs} modules{biases} of {summary.layers} layers, rank {summary.rank}.")
     if rows:
-        converted = ChangedCheckpoint(model.directory, make_recipe(model, output, Dial()).plan)
+        converted = ChangedCheckpoint(model, make_recipe(model, output, Dial()).plan)
         chosen = writers.value if writers else None
         judge = partial(verdict, exact=summary.exact, truncated=summary.rank < control.rank, writers=chosen)
         show_fidelity(model, [(control, dial)], converted, rows, judge)
-    note(f"Next: {shlex.join(['cadapter', 'to-gguf', str(output), f'{output}.gguf', '--base', base])}")
+    words = ["cadapter", "to-gguf", str(output), f"{output}.gguf", "--base", base]
+    if is_own_class(model.config):  # of which llama.cpp has no architecture
+        words = ["cadapter", "merge", base, str(output), f"{output}-merged", *trust_words(trust_remote_code)]
+    note(f"Next: {shlex.join(words)}")
 
 
 def _print_kept(summary: AdditiveSummary) -> None:

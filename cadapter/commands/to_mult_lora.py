@@ -13,8 +13,10 @@ from cadapter.commands.shared_options import (
     InverseOption,
     OutputArgument,
     StrengthOption,
+    TrustOption,
     WritersOption,
     check_output,
+    trust_words,
 )
 from cadapter.commands.verifying import TextOption, VerifyOption, rows_for, show_fidelity
 
@@ -38,6 +40,7 @@ def command(
     writers: WritersOption = None,
     verify: VerifyOption = False,
     text: TextOption = None,
+    trust_remote_code: TrustOption = False,
     force: ForceOption = False,
 ) -> None:
     """Turn a control adapter into a multiplicative LoRA.
@@ -53,16 +56,16 @@ def command(
     from cadapter.convert.mult_lora import to_mult_lora
     from cadapter.convert.operators import Dial
     from cadapter.convert.plan import make_recipe
-    from cadapter.models.checkpoint import Checkpoint, resolve_model
+    from cadapter.models.checkpoint import open_model
     from cadapter.terminal import note, warn
 
     check_output(output, force, adapter, *([base] if base else []))
     dial = Dial.from_options(strength=strength, inverse=inverse)
     control = read_control_adapter(adapter)
-    model = Checkpoint(resolve_model(base)) if base else None
+    model = open_model(base, trust_remote_code) if base else None
     recorded = control.base_model_name_or_path
     recorded = recorded if recorded and os.path.isdir(recorded) else None
-    tested = Checkpoint(resolve_model(recorded)) if verify and model is None and recorded else model
+    tested = open_model(recorded, trust_remote_code) if verify and model is None and recorded else model
     rows = rows_for(tested, verify, text)
     summary = to_mult_lora(
         control,
@@ -79,7 +82,8 @@ def command(
         f"rank {summary.rank}."
     )
     if tested is not None and rows:
-        converted = ChangedCheckpoint(tested.directory, make_recipe(tested, output, Dial()).plan)
+        converted = ChangedCheckpoint(tested, make_recipe(tested, output, Dial()).plan)
         judge = partial(verdict, exact=summary.exact, writers=writers.value if writers else None)
         show_fidelity(tested, [(control, dial)], converted, rows, judge)
-    note(f"Next: {shlex.join(['cadapter', 'merge', base or recorded or 'BASE', str(output), f'{output}-merged'])}")
+    words = ["cadapter", "merge", base or recorded or "BASE", str(output), f"{output}-merged"]
+    note(f"Next: {shlex.join([*words, *trust_words(trust_remote_code)])}")

@@ -13,7 +13,6 @@ from cadapter.config.lines import KeyPath
 from cadapter.config.rules import Problem, conflicts
 from cadapter.config.schema import WRONG, ClassWeights, Config, DatasetConfig, Table
 from cadapter.config.toml import toml_type
-from cadapter.config.unsupported import unsupported
 from cadapter.config.wording import expected, field_at
 
 _PATHS = frozenset({"model_dir", "output_dir", "init_from", "cache_dir", "dataset_path"})
@@ -27,7 +26,7 @@ def check(data: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
     view.datasets = [
         _view(DatasetConfig, table, ("datasets", index), wrong) for index, table in _tables(data.get("datasets"))
     ]
-    for problem in [*conflicts(view), *unsupported(view), *_names_of_nothing(data, ())]:
+    for problem in [*conflicts(view), *_names_of_nothing(data, ())]:
         if problem.path not in wrong:
             wrong.add(problem.path)
             problems.append(problem)

@@ -316,7 +316,10 @@ class Config(Table):
         description='What becomes of a record longer than a sequence; all but "split" keep records whole; '
         'default: "split" for plain text, "drop" for chats and pairs.',
     )
-    trust_remote_code: bool = Field(default=False, description="Allow the model's own Python code to run.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that the model's directory brings, where it is needed: it can do all you can.",
+    )
     datasets: Annotated[
         tuple[DatasetConfig, ...],
         Field(strict=False),

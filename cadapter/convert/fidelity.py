@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +68,8 @@ class Fidelity:
 class ChangedCheckpoint(Checkpoint):
     """A base as a merge of ``plan`` would leave it, without rounding: changes are worked out as tensors are read."""
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
-        super().__init__(directory)
+    def __init__(self, base: Checkpoint, plan: Plan) -> None:
+        super().__init__(base.directory, base.trust_remote_code)
         self._plan = plan
 
     def tensors(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -128,7 +127,7 @@ def verify(
     model = CausalLM(base, torch.float32, device)
     native: Native | CausalLM
     if isinstance(adapters, dict):
-        native = CausalLM(ChangedCheckpoint(base.directory, adapters), torch.float32, device)
+        native = CausalLM(ChangedCheckpoint(base, adapters), torch.float32, device)
     else:
         native = native_blocks(model, adapters)
     return measure(model, native, CausalLM(converted, torch.float32, device), rows, advance)

@@ -26,6 +26,7 @@ from cadapter.errors import UsageError
 from cadapter.files import new_file
 from cadapter.models.checkpoint import load_model_config, resolve_model
 from cadapter.models.loading import make_skeleton
+from cadapter.models.own_code import OwnCodeNeeded
 
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -82,7 +83,14 @@ def lay_out(lora: Path, base: str | None = None) -> GgufLora:
             base, or that is not known.
     """
     pairs = _read(lora)
-    config = load_model_config(_base_directory(lora, base))
+    directory = _base_directory(lora, base)
+    try:
+        config = load_model_config(directory)
+    except OwnCodeNeeded as error:
+        raise UsageError(
+            f"{directory} is a model with code of its own, and llama.cpp has no architecture for such models.\n"
+            f"Merge the LoRA instead: cadapter merge {directory} {lora} OUTPUT --trust-remote-code"
+        ) from error
     architecture = architecture_of(config.model_type)
     skeleton = make_skeleton(config, torch.float32)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}

@@ -131,7 +131,7 @@ def merge_model(
                 "No stored value changed: the adapter's change is below the precision of the weights.\n"
                 "Merge with --dtype float32, or at a greater strength. Nothing was written."
             )
-        copy_companions(base.directory, directory, dtype)
+        copy_companions(base.directory, directory, dtype, base.trust_remote_code)
         _write_index(base, directory, merger.summary.bytes)
         write_text(directory / "README.md", card(merger.summary))
     merger.summary.seconds = time.monotonic() - begun

@@ -75,7 +75,7 @@ def probe_rows(base: Checkpoint, file: Path | None) -> list[Tensor]:
     Raises:
         UsageError: the base has no tokenizer, or the text cannot be read or is too short.
     """
-    tokenizer = Tokenizer(base.directory)
+    tokenizer = Tokenizer(base.directory, base.trust_remote_code)
     bos = tokenizer.fast.bos_token_id
     start = [] if bos is None else [bos]
     longest = min(ROW_TOKENS, getattr(base.config, "max_position_embeddings", None) or ROW_TOKENS)

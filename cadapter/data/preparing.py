@@ -114,8 +114,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if not directory.is_dir():
         from cadapter.models.checkpoint import resolve_model  # needs torch, which a local directory does not
 
-        directory = resolve_model(config.model_dir)
-    return Tokenizer(directory)
+        directory = resolve_model(config.model_dir, trust_remote_code=config.trust_remote_code)
+    return Tokenizer(directory, config.trust_remote_code)
 
 
 def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = None) -> PreparedData:

@@ -20,6 +20,7 @@ from cadapter.data.chat import Chat, ChatTemplate, Span
 from cadapter.data.parts import grouped, parts_of
 from cadapter.errors import UsageError
 from cadapter.files import refuse_links_out
+from cadapter.models import own_code
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -99,12 +100,17 @@ def _token_at(encoding: Any, character: int, length: int) -> int:
 class Tokenizer:
     """The fast tokenizer in a model's directory, loaded when it is first used.
 
+    Args:
+        directory: the model's.
+        trust_remote_code: run the tokenizer's own code, where it has some.
+
     Raises:
         UsageError: the directory holds no tokenizer; when first used: it cannot be loaded, or is a slow one.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
         self.directory = directory
+        self._trusted = trust_remote_code
         self._files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
         if not self._files:
             raise UsageError(
@@ -114,10 +120,15 @@ class Tokenizer:
         refuse_links_out(directory, ("*.json", "*.model", "*.txt", "*.jinja"))
 
     @cached_property
+    def _own(self) -> list[str]:
+        return own_code.tokenizer_classes(self.directory)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the tokenizer's files; does not load it."""
+        """SHA-256 over the names and contents of the tokenizer's files, and of code that is run; does not load it."""
         digest = hashlib.sha256()
-        for file in self._files:
+        code = own_code.code_files(self.directory) if self._trusted and self._own else []
+        for file in [*self._files, *code]:
             data = file.read_bytes()
             digest.update(f"{file.name} {len(data)}\n".encode() + data)
         return digest.hexdigest()
@@ -125,15 +136,15 @@ class Tokenizer:
     @cached_property
     def fast(self) -> Any:
         """The tokenizer as transformers gives it (a ``PreTrainedTokenizerFast``)."""
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.directory, use_fast=True, trust_remote_code=False, local_files_only=True
-            )
+            tokenizer = self._load()
+        except UsageError:
+            raise
         except BaseException as error:  # a damaged tokenizer file surfaces as any of a dozen types
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is tokenizers'
                 raise
+            if isinstance(error, ValueError) and not self._trusted and self._own:
+                raise own_code.refusal(self.directory, own_code.TOKENIZER_CONFIG, self._own) from error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(f"{self.directory}: its tokenizer cannot be loaded: {reason}") from error
         if not tokenizer.is_fast:
@@ -144,6 +155,22 @@ class Tokenizer:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         return tokenizer
+
+    def _load(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if not (self._trusted and self._own):
+            return AutoTokenizer.from_pretrained(
+                self.directory, use_fast=True, trust_remote_code=False, local_files_only=True
+            )
+        from cadapter.models.checkpoint import load_model_config
+
+        # Given, or transformers would load it itself, and with it code of the model's that nobody needs.
+        config = load_model_config(self.directory, trust_remote_code=True)
+        with own_code.running(self.directory):
+            return AutoTokenizer.from_pretrained(
+                self.directory, config=config, use_fast=True, trust_remote_code=True, local_files_only=True
+            )
 
     @property
     def special_ids(self) -> tuple[int, ...]:

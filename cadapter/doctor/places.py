@@ -88,10 +88,32 @@ def check_config(path: Path) -> Iterator[Finding]:
         yield Finding(CONFIG, "model_dir", "broken", f"{model} has no config.json.", "Give a Hugging Face model.")
     elif model.is_dir():
         yield Finding(CONFIG, "model_dir", "ok", str(model))
+        yield from _own_code(model, config.trust_remote_code)
     elif len(str(config.model_dir).split("/")) == 2 and not str(config.model_dir).startswith((".", "/", "~")):
         yield Finding(CONFIG, "model_dir", "ok", f"{config.model_dir} is no directory here: it is taken for a hub id")
     else:
         yield Finding(CONFIG, "model_dir", "broken", f"{model} is not there.", "Give a directory or a hub id.")
+
+
+def _own_code(model: Path, trusted: bool) -> Iterator[Finding]:
+    """Whether a model needs Python code of its own; nothing where transformers, which knows, is not installed."""
+    from cadapter.errors import UsageError
+
+    try:
+        from cadapter.files import read_json
+        from cadapter.models.own_code import needs_own_code, refuse_model
+
+        settings = read_json(model / "config.json")
+        if needs_own_code(settings) and not trusted:
+            refuse_model(model, settings)
+    except (ImportError, RuntimeError):  # a broken transformers, which is told elsewhere
+        return
+    except UsageError as error:
+        said, *rest = str(error).splitlines()
+        yield Finding(CONFIG, "model", "broken", said, " ".join(rest))
+        return
+    if trusted:
+        yield Finding(CONFIG, "trust_remote_code", "warning", f"Code of {model} is run where it is needed.", "Read it.")
 
 
 def check_limits() -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, Family, config_number
 from cadapter.models.loading import family_for, needed_attention
+from cadapter.models.own_code import auto_model, failures, is_own_class
 
 Strength = float | Sequence[float]
 """A strength for all rows of a batch, or one for each."""
@@ -46,7 +47,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
     """Load the model of ``checkpoint`` with transformers, for inference, straight to ``device``.
 
     Args:
-        checkpoint: its directory; code of the model's own is never run.
+        checkpoint: its directory; code of the model's own is run where the checkpoint was opened with it.
         dtype: of all weights; None: what the model's config says.
         device: for example "cpu" or "cuda:1".
 
@@ -54,8 +55,6 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
         UsageError: the weights do not fit the config, or transformers cannot load them.
         CadapterError: the device has too little memory.
     """
-    from transformers import AutoModelForCausalLM
-
     directory = checkpoint.directory
     if (directory / "adapter_config.json").exists():
         raise UsageError(
@@ -63,11 +62,11 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
             "it.\nMove the adapter's files to a directory of their own, and name it with --adapter."
         )
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_model(checkpoint.config).from_pretrained(
             directory,
             dtype="auto" if dtype is None else dtype,
             device_map={"": device},
-            trust_remote_code=False,
+            trust_remote_code=is_own_class(checkpoint.config),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -77,7 +76,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
         raise CadapterError(
             f"{directory} does not fit into the memory of {device}.\nTry --dtype bfloat16, or --device cpu."
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except failures(checkpoint.config, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{directory}: transformers cannot load this model: {reason}") from error
     # transformers fills what is missing with random numbers.

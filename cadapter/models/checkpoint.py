@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from cadapter.errors import UsageError
 from cadapter.files import read_json, refuse_links_out
+from cadapter.models import own_code
 from cadapter.models.reading import Reader, Stretch
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,7 +33,7 @@ _DTYPES = {
 }  # fmt: skip
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
-"""What is downloaded of a model named by its hub id: never pickled weights, never code."""
+"""What is downloaded of a model named by its hub id: never pickled weights, and code only where it is asked for."""
 
 MOST_PARTS = 1 << 16
 """Layers, or experts of a layer; lists of that length are made before anything else shows that a config is wrong."""
@@ -54,11 +55,12 @@ class TensorInfo:
         return math.prod(self.shape) * (4 if dtype is None else dtype.itemsize)
 
 
-def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
+def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES, trust_remote_code: bool = False) -> Path:
     """Return the local directory of ``model``, a directory or a hub id (downloaded where the hub can be reached).
 
     Args:
         files: patterns of what is needed of a model on the hub.
+        trust_remote_code: whether the code of a model on the hub is needed, too.
 
     Raises:
         UsageError: it is neither.
@@ -75,7 +77,8 @@ def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(files)))
+        wanted = [*files, "*.py"] if trust_remote_code else list(files)
+        return Path(snapshot_download(str(model), allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UsageError(
             f"{model} is no directory here, and the hub did not give a model of that name ({type(error).__name__}).\n"
@@ -83,11 +86,14 @@ def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
         ) from error
 
 
-def load_model_config(directory: Path) -> Any:
-    """Return the transformers config of the model in ``directory``; code of the model's own is never run.
+def load_model_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of the model in ``directory``.
+
+    Args:
+        trust_remote_code: run code of the model's own where transformers does not know its type.
 
     Raises:
-        UsageError: there is none, or transformers cannot read it.
+        UsageError: there is none, transformers cannot read it, or it needs code of the model's own.
     """
     if not (directory / "config.json").is_file():
         raise UsageError(
@@ -95,12 +101,23 @@ def load_model_config(directory: Path) -> Any:
             "Give the directory of a Hugging Face model, or a hub id."
         )
     refuse_links_out(directory, HUB_FILES)
-    _check_settings(read_json(directory / "config.json"), directory / "config.json")
+    settings = read_json(directory / "config.json")
+    _check_settings(settings, directory / "config.json")
+    own = own_code.needs_own_code(settings)
+    if own and not trust_remote_code:
+        own_code.refuse_model(directory, settings)
+    if trust_remote_code:
+        own_code.code_files(directory)  # all of it is there, before anything is done with the model
+        own_code.tell_unused(directory, settings)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
+        if own:
+            return own_code.load_config(directory)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except UsageError:
+        raise
     except StrictDataclassError as error:  # a value of a wrong type, or values that contradict one another
         raise UsageError(f"{directory / 'config.json'} cannot be used: {error.__cause__ or error}") from error
     except Exception as error:  # transformers trusts a config, and fails in any way where it is wrong
@@ -128,14 +145,19 @@ def _check_settings(settings: Any, file: Path) -> None:
 class Checkpoint:
     """The safetensors weights of a model directory.
 
+    Args:
+        directory: the model's.
+        trust_remote_code: run code of the model's own where it is needed.
+
     Raises:
         UsageError: no config.json, no safetensors weights (pickled ``.bin`` weights are refused), an index that
             names missing or outside files, or a damaged shard.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
         self.directory = directory
-        self.config = load_model_config(directory)
+        self.trust_remote_code = trust_remote_code
+        self.config = load_model_config(directory, trust_remote_code)
         self.bytes_read = 0
         self.seconds_reading = 0.0
         self._reader: Reader | None = None
@@ -274,6 +296,15 @@ class Checkpoint:
             raise UsageError(f"{self.directory}: a shard is damaged: {error}.\nDownload it again.") from error
         self.bytes_read += sum(info.bytes for info in known.values())
         return found
+
+
+def open_model(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """Open ``model``, a directory or a hub id, as :func:`resolve_model` and :class:`Checkpoint` do.
+
+    Raises:
+        UsageError: it is no usable model, or needs code of its own that is not allowed to run.
+    """
+    return Checkpoint(resolve_model(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
 
 def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.families import FAMILIES, Family, LogitFacts, config_number, logit_facts
+from cadapter.models.own_code import auto_model, failures, is_own_class
 from cadapter.models.quantise import (
     KINDS,
     load_bitsandbytes,
@@ -36,6 +37,9 @@ NOISE = ("dropout", "pdrop", "jitter")
 
 FLEX_ATTENTION = "flex_attention"
 
+_WRONG_NAME = (ValueError, KeyError, TypeError, ImportError, AttributeError)
+"""What transformers raises where it knows no implementation of a name, or its package is missing."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -52,7 +56,6 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
         UsageError: no such model can be built.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     for key, value in config.to_dict().items():
         if isinstance(value, float) and any(word in key for word in NOISE):
@@ -66,10 +69,10 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str | None = None)
     attention = attention or needed
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            return auto_model(config).from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=is_own_class(config)
             )
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:  # a wrong name, a missing package
+    except failures(config, *_WRONG_NAME) as error:
         wanted = f"with {attention} attention" if attention else f"of type {config.model_type}"
         raise UsageError(f"no causal LM can be built {wanted}.\n{type(error).__name__}: {error}") from error
 

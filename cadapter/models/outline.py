@@ -24,9 +24,10 @@ class Outline(Checkpoint):
         UsageError: there is no usable config.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
         self.directory = directory
-        self.config = load_model_config(directory)
+        self.trust_remote_code = trust_remote_code
+        self.config = load_model_config(directory, trust_remote_code)
         self.bytes_read = 0
         self.seconds_reading = 0.0
         self._reader = None
@@ -48,10 +49,11 @@ def _indexed(directory: Path) -> set[str]:
         return set()
 
 
-def open_weightless(directory: Path) -> Checkpoint:
+def open_weightless(directory: Path, trust_remote_code: bool = False) -> Checkpoint:
     """The headers of the weights in ``directory`` where they are there, else what its config says of them.
 
     Raises:
         UsageError: there is no usable config, or there are weights that cannot be used.
     """
-    return Checkpoint(directory) if any(directory.glob("*.safetensors")) else Outline(directory)
+    kind = Checkpoint if any(directory.glob("*.safetensors")) else Outline
+    return kind(directory, trust_remote_code)

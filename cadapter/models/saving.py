@@ -24,6 +24,7 @@ from torch import Tensor
 from cadapter.errors import CadapterError
 from cadapter.files import read_json, write_json
 from cadapter.models.checkpoint import INDEX_NAME, SINGLE_NAME
+from cadapter.models.own_code import code_files
 
 SHARD_BYTES = 5 * 10**9
 """Bytes of tensors that a shard holds at most; a larger tensor has a shard of its own."""
@@ -43,14 +44,21 @@ _SAFETENSORS_NAMES = {
 }  # fmt: skip
 
 
-def copy_companions(source: Path, target: Path, dtype: str | None) -> list[str]:
-    """Copy the files of :data:`COPIED` and return their names; with ``dtype``, config.json names it."""
+def copy_companions(source: Path, target: Path, dtype: str | None, with_code: bool = False) -> list[str]:
+    """Copy the files of :data:`COPIED` and return their names; with ``dtype``, config.json names it.
+
+    Args:
+        with_code: copy the model's own code, too.
+    """
     copied = []
     for file in sorted(source.iterdir()):
         wanted = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in COPIED)
         if wanted and file.is_file() and file.suffix not in _NEVER_COPIED:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
+    for file in code_files(source) if with_code else ():
+        shutil.copyfile(file, target / file.name)
+        copied.append(file.name)
     if dtype is not None:
         config = read_json(target / "config.json")
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
@@ -81,13 +89,21 @@ class ModelWriter:
             insists on having in float32.
         tied: the head is the embedding: its own name is left out, also where a part holds it.
         shard_bytes: bytes of tensors that a shard holds at most.
+        with_code: the base's own code is copied, too.
 
     Attributes:
         tensors, bytes: number and size of the tensors written so far, as on disk.
     """
 
     def __init__(
-        self, base: Path, skeleton: Any, target: Path, dtype: str, tied: bool, shard_bytes: int = SHARD_BYTES
+        self,
+        base: Path,
+        skeleton: Any,
+        target: Path,
+        dtype: str,
+        tied: bool,
+        shard_bytes: int = SHARD_BYTES,
+        with_code: bool = False,
     ) -> None:
         self.tensors = 0
         self.bytes = 0
@@ -95,6 +111,7 @@ class ModelWriter:
         self._skeleton = skeleton
         self._target = target
         self._dtype = dtype
+        self._with_code = with_code
         self._left_out = frozenset(skeleton.all_tied_weights_keys if tied else ())
         shapes = {n: t.to("meta", self._dtype_of(n, t)) for n, t in skeleton.state_dict().items()}
         self._places = self._lay_out(self._on_disk(shapes), shard_bytes)
@@ -129,7 +146,7 @@ class ModelWriter:
         if len(set(files.values())) > 1:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(files.items()))}
             write_json(self._target / INDEX_NAME, index)
-        copy_companions(self._base, self._target, self._dtype)
+        copy_companions(self._base, self._target, self._dtype, self._with_code)
 
     def _on_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors as the model's files hold them."""

@@ -164,7 +164,7 @@ def _turned(config: Config, subject: Path, strengths: Sequence[float]) -> Iterat
         place = "cuda" if torch.cuda.is_available() else "cpu"
         logging.disable_progress_bar()  # ours is shown
         with progress("loading the model"):
-            return load_causal_lm(Checkpoint(directory), DTYPES[config.dtype], place)
+            return load_causal_lm(Checkpoint(directory, config.trust_remote_code), DTYPES[config.dtype], place)
 
     if not (subject / CONFIG_NAME).is_file():  # a fine-tuned model
         for strength in strengths:

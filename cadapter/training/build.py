@@ -19,7 +19,7 @@ from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, eva
 from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.attention import check_installed
-from cadapter.models.checkpoint import resolve_model
+from cadapter.models.checkpoint import Checkpoint, resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
 from cadapter.models.layers import run_block
@@ -80,8 +80,9 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
     check_installed(config.attn_implementation)
     if attention == FLEX_ATTENTION and world.device.type != "cuda":
         raise UsageError(f'attn_implementation = "{attention}" trains on GPUs only.\nUse "auto".')
-    place = directory or resolve_model(config.model_dir)
-    return CausalLM(place, DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
+    trusted = config.trust_remote_code
+    place = directory or resolve_model(config.model_dir, trust_remote_code=trusted)
+    return CausalLM(Checkpoint(place, trusted), DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
 
 
 def plan_run(config: Config, world: World, resume_from: Path | None = None) -> Plan:

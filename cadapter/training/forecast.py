@@ -56,7 +56,8 @@ def outlook_of(config: Config) -> Outlook:
     # Packages of kernels need not be installed here; they keep what sdpa's kernels keep.
     elsewhere = ("auto", "flash_attention_2", "flash_attention_3")
     attention = None if config.attn_implementation in elsewhere else config.attn_implementation
-    checkpoint = open_weightless(resolve_model(config.model_dir, CONFIG_FILES))
+    trusted = config.trust_remote_code
+    checkpoint = open_weightless(resolve_model(config.model_dir, CONFIG_FILES, trusted), trusted)
     model = CausalLM(checkpoint, DTYPES[config.dtype], NOWHERE, attention, config.load_in_4bit)
     if config.document_attention == "isolated" and attention != FLEX_ATTENTION:
         check_isolation(CausalLM(checkpoint, DTYPES[config.dtype], "cpu", attention))  # it looks at real masks

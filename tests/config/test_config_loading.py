@@ -250,22 +250,11 @@ def test_pairs_and_classes_need_control_adapters(report) -> None:
         "document_attention = 'isolated'",
         "overlength = 'truncate'",
         "full_fine_tune = false",
+        "trust_remote_code = true",
     ],
 )
 def test_right_values(load, line: str) -> None:
     load(REQUIRED + line + "\n" + DATASET)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "trust_remote_code = true",
-    ],
-)
-def test_what_comes_later_is_refused_with_its_line(report, line: str) -> None:
-    (entry,) = report(REQUIRED + line + "\n" + DATASET)
-    assert entry.startswith(f"run.toml:6: {line.split(' ')[0]} = ")
-    assert "not supported yet" in entry
 
 
 CONTROL, LORA, FULL = "use_control_adapters = true", "use_control_adapters = false", "full_fine_tune = true"
@@ -392,7 +381,6 @@ def test_an_override_mends_a_wrong_value_and_adds_a_missing_one(load) -> None:
         ("datasets.1=5", "a dataset is a table"),
         ("class_weights.5=1", "unknown key"),
         ("class_weights={ positive = -1 }", "give a number of at least 0"),
-        ("trust_remote_code=true", "not supported yet"),
         ('target_modules=["q_proj"]', "Control Adapters act on whole layers"),
     ],
 )

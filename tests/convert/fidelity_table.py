@@ -56,7 +56,9 @@ def write_adapter(base: Path, directory: Path, site: str) -> Path:
 def merged(base: Path, adapter: Path) -> Fidelity:
     """The adapter against what a merge of it computes."""
     recipe = make_recipe(Checkpoint(base), adapter, Dial())
-    return verify(Checkpoint(base), recipe.adapters, ChangedCheckpoint(base, recipe.plan), _rows(base), "cpu")
+    return verify(
+        Checkpoint(base), recipe.adapters, ChangedCheckpoint(Checkpoint(base), recipe.plan), _rows(base), "cpu"
+    )
 
 
 def additive(base: Path, adapter: Path, lora: Path) -> Fidelity | None:
@@ -66,7 +68,7 @@ def additive(base: Path, adapter: Path, lora: Path) -> Fidelity | None:
         to_add_lora(Checkpoint(base), str(base), files, lora, Dial())
     except UsageError:
         return None
-    converted = ChangedCheckpoint(base, make_recipe(Checkpoint(base), lora, Dial()).plan)
+    converted = ChangedCheckpoint(Checkpoint(base), make_recipe(Checkpoint(base), lora, Dial()).plan)
     return verify(Checkpoint(base), [(files, Dial())], converted, _rows(base), "cpu")
 
 

@@ -116,11 +116,11 @@ def test_a_conversion_that_leaves_something_out_does_not_pass(with_tokenizer, ma
     adapter = read_control_adapter(make_adapter(base))
     plan = make_recipe(Checkpoint(base), adapter.path, Dial()).plan
     rows = probe_rows(Checkpoint(base), None)
-    whole = compared(base, [(adapter, Dial())], ChangedCheckpoint(base, plan), rows)
+    whole = compared(base, [(adapter, Dial())], ChangedCheckpoint(Checkpoint(base), plan), rows)
     assert verdict(whole, exact=True) == (True, "The conversion is the adapter, to float32 rounding.")
     for missing in plan:
         partly = {name: changes for name, changes in plan.items() if name != missing}
-        found = compared(base, [(adapter, Dial())], ChangedCheckpoint(base, partly), rows)
+        found = compared(base, [(adapter, Dial())], ChangedCheckpoint(Checkpoint(base), partly), rows)
         good, words = verdict(found, exact=True)
         assert not good
         assert "should be exact" in words

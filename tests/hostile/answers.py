@@ -274,7 +274,7 @@ CASES: list[Case] = [
     Case("model: its licence is a link to another place", linked("LICENSE"), "is a link that leads out"),
     Case("model: its tokenizer is a link to another place", linked("tokenizer.json"), "is a link that leads out"),
     Case("model: it asks for code of its own", changed_model(
-        model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), r"config.json cannot be used", library=True),
+        model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), "it needs code of the model's own"),
     Case("model: it asks for a kernel of the hub", changed_model(_attn_implementation="someone/kernel"),
          "is code on the hub"),
     Case("model: a billion layers", changed_model(num_hidden_layers=10**9), "num_hidden_layers"),

@@ -170,17 +170,22 @@ def test_shells_are_found(line: str) -> None:
     assert through_a_shell(ast.parse(line)) == [1]
 
 
+ASKED = {"own_code.py": {"True"}, "tokenising.py": {"True"},
+         "loading.py": {"is_own_class(config)"}, "attach.py": {"is_own_class(checkpoint.config)"}}  # fmt: skip
+"""Where code of a model is run because it is allowed; ``tests/hostile/test_own_code.py`` shows that this is asked."""
+
+
 def test_code_of_models_is_run_nowhere_unasked() -> None:
-    """Whoever loads with transformers says ``trust_remote_code``, and says no."""
+    """Whoever loads with transformers says ``trust_remote_code``, and says no but for a few places."""
     loaders, said = 0, []
     for file in (ROOT / "cadapter").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("Auto")):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func).lower().startswith("auto")):
                 continue
-            if node.func.attr in ("from_pretrained", "from_config"):
+            if isinstance(node.func, ast.Attribute) and node.func.attr in ("from_pretrained", "from_config"):
                 loaders += 1
                 words = {each.arg: ast.unparse(each.value) for each in node.keywords}
-                if words.get("trust_remote_code") != "False":
+                if words.get("trust_remote_code") not in {"False"} | ASKED.get(file.name, set()):
                     said.append(f"{file.name}:{node.lineno}")
     assert loaders >= 4
     assert said == []

@@ -146,7 +146,14 @@ class FullMode:
 
     def writer(self, directory: Path) -> ModelWriter:
         """A writer of a model directory."""
-        return ModelWriter(self.companions, self.model.skeleton, directory, self.dtype_name, self.model.tied)
+        return ModelWriter(
+            self.companions,
+            self.model.skeleton,
+            directory,
+            self.dtype_name,
+            self.model.tied,
+            with_code=self.model.checkpoint.trust_remote_code,
+        )
 
     def check_start(self, directory: Path) -> None:
         """Nothing to do: a config says with ``model_dir`` what is trained."""
