@@ -120,7 +120,8 @@ def test_a_package_that_is_not_there_or_too_old_is_a_line(tmp_path: Path, monkey
     told = "print([(f.name, f.status, f.text, f.remedy) for f in check_packages()])"
     program = f"from cadapter.doctor.probing import check_packages; {told}"
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', ROOT)}")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    # Elsewhere: a checkout that is installed holds metadata of its own.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     _, missing, old = eval(done.stdout)
     assert missing == ("no-such-package", "broken", "is not installed.", "pip install 'no-such-package>=1'")
     assert old[:2] == ("rich", "broken")

@@ -158,7 +158,7 @@ class _config_known:  # noqa: N801 (a context manager)
         import cadapter.models.checkpoint as module
 
         self._module, self._original = module, module.load_model_config
-        module.load_model_config = lambda directory: _llama()
+        module.load_model_config = lambda directory, trust_remote_code=False: _llama()
 
     def __exit__(self, *_: object) -> None:
         self._module.load_model_config = self._original
