@@ -77,7 +77,8 @@ def test_more_directions_than_there_are_is_refused_before_anything_is_written(co
     assert not (command_project.root / "too-many").exists()
 
 
-@pytest.mark.parametrize("strength", ["0.5", pytest.param("-1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", ["0.5", "-1"])
 def test_merged_models_score_as_the_adapter_does(
     command_project: Project, trained: Path, tmp_path: Path, strength: str
 ) -> None:

@@ -146,10 +146,8 @@ def test_two_processes_on_each_of_two_nodes(
     assert losses_of(project.root / name) == [pytest.approx(line, rel=LOSS) for line in losses]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_one_node_saves_and_stops_all(
     project: Project, machines: tuple[Machine, Machine], number: int, code: int
 ) -> None:

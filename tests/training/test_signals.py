@@ -92,7 +92,8 @@ def test_while_a_run_starts(project: Project, tmp_path: Path, moment: str, numbe
         assert not (directory / "final").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 0, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
 def test_during_an_evaluation(own_project: Project, tmp_path: Path, number: int, code: int) -> None:
     for kind in ("positive", "negative"):
         write_jsonl(own_project.root / f"{kind}.jsonl", texts(kind, 2000))
