@@ -236,10 +236,20 @@ def main() -> NoReturn:
     try:
         app(prog_name="cadapter")
     except SystemExit as end:
+        _flush()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
             _end_at_once(end.code)
         raise
     sys.exit(0)
+
+
+def _flush() -> None:
+    """Write out what is left; where whoever read it has gone, nowhere: Python would complain of it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end_at_once(code: str | int | None) -> NoReturn:
@@ -248,6 +258,4 @@ def _end_at_once(code: str | int | None) -> NoReturn:
     Threads of torch's gloo groups (torch 2.13), which nothing stops, may want the interpreter's lock just then, and
     the process aborts after all is done.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

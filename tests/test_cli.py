@@ -173,8 +173,10 @@ def test_options_keep_their_place_beside_the_global_ones() -> None:
 
 
 def test_a_closed_pipe_is_no_internal_error() -> None:
+    """What is still in the buffer when the command has ended, too."""
     command = f"{sys.executable} -m cadapter schema | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, env=buffered)
     assert done.stdout == "{\n"
     assert done.stderr == ""
 
