@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cadapter.commands.shared_options import trust_words
+from cadapter.commands.shared_options import OverridesOption, trust_words
 
 if TYPE_CHECKING:
     from cadapter.config import Config
@@ -53,9 +53,7 @@ def command(
             "--sweep", help="A steering report: strengths -2 to 2 in steps of 0.5 unless named, and sampled texts."
         ),
     ] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config.")
-    ] = None,
+    overrides: OverridesOption = None,
     num_gpus: Annotated[
         int | None,
         typer.Option(help="Processes: all visible GPUs by default; without GPUs one.", show_default=False),

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cadapter.commands.shared_options import OverridesOption
+
 EXAMPLES = (
     "cadapter plan config.toml --gpu-memory 24",
     "cadapter plan config.toml --gpus 16 --nodes 2 --link 100gbe",
@@ -70,15 +72,7 @@ def command(
             "--json", metavar="FILE", help="Write the numbers to FILE, too; - prints them instead.", show_default=False
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a key of the config; can be given repeatedly.",
-            show_default=False,
-        ),
-    ] = None,
+    overrides: OverridesOption = None,
 ) -> None:
     """Say what a run will be before any weight is there: layout, steps, memory by part, and what fits.
 

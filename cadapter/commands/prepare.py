@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cadapter.commands.shared_options import OverridesOption
+
 EXAMPLES = (
     "cadapter prepare config.toml --show 3",
     "cadapter prepare config.toml --skip-bad 10 --set sequence_len=1024",
@@ -35,15 +37,7 @@ def command(
             help="Leave out up to N records that cannot be used, and list them; without it they are an error.",
         ),
     ] = 0,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a key of the config; can be given repeatedly.",
-            show_default=False,
-        ),
-    ] = None,
+    overrides: OverridesOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Build the cache anew.", rich_help_panel="Rarely needed")
     ] = False,

@@ -49,6 +49,15 @@ WritersOption = Annotated[
         rich_help_panel="More",
     ),
 ]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the config; can be given repeatedly.",
+        show_default=False,
+    ),
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace OUTPUT, if cadapter wrote it.", rich_help_panel="More")
 ]

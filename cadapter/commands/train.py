@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cadapter.commands.shared_options import OverridesOption
+
 EXAMPLES = (
     "cadapter train config.toml --dry-run",
     "cadapter train config.toml --num-gpus 2 --set pipeline_stages=2",
@@ -31,10 +33,7 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show layout, steps and memory; train nothing.")
     ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config; can be given repeatedly."),
-    ] = None,
+    overrides: OverridesOption = None,
     num_gpus: Annotated[
         int | None,
         typer.Option(
