@@ -119,13 +119,13 @@ class EmbeddingLayer(nn.Module):
         return self._table[0]
 
     def look_ahead(self, input_ids: Tensor) -> None:
-        """Look up on the host, while the GPU works, what the next pass will start with: these very ``input_ids``."""
+        """Look up on the host, while the GPU works, what the next pass will start with."""
         if self._place != self.device:
             self._ahead = input_ids, self.table(input_ids).pin_memory()
 
     def _embeddings(self, input_ids: Tensor) -> Tensor:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is input_ids:
+        if ahead is not None and torch.equal(ahead[0], input_ids):
             return ahead[1]
         return self.table(to_device(input_ids, self._place))
 

@@ -111,11 +111,11 @@ class Trainer:
             if self.position.skipped > self.run.config.max_skipped_steps:
                 self._flush()
                 raise self._too_many_skipped()
-            epoch_done = self.position.step % self.run.plan.steps_per_epoch == 0
+            step, plan = self.position.step, self.run.plan
             self._evaluate_if_due()
-            if epoch_done:
-                self._save_adapter(self.run.directory.epoch(self.position.step // self.run.plan.steps_per_epoch))
-            if save or stop:
+            if plan.ends_epoch(step):
+                self._save_adapter(self.run.directory.epoch(plan.epoch_of(step)))
+            if save or stop or plan.ends_epoch(step):
                 self._save_checkpoint()
             if stop and self.position.step < self.run.plan.total_steps:
                 self._flush()
@@ -181,6 +181,7 @@ class Trainer:
         numbers = torch.cat([run.loss.take_sums(), memory, report.flatten() * (run.layout.replica == 0)])
         tokens = run.batches.totals(step).tokens
         self.position.tokens += tokens
+        self.position.sequences = run.plan.read_by(step)
         seconds = time.monotonic() - started
         self.position.seconds += seconds
         self._pending = self._send(numbers, report.shape, lr, norm, seconds, tokens)
@@ -368,7 +369,7 @@ class Trainer:
         self._enter(f"writing {target.name}")
 
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
-            with new_directory(target, force=True) as temporary:
+            with new_directory(target, force=True, moved=run.world.watch.moved) as temporary:
                 writer = run.mode.writer(temporary)
                 for part in parts:
                     writer.add(part)
@@ -388,7 +389,10 @@ class Trainer:
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
             kept = run.config.max_checkpoints
             settings = settings_of(run.config)
-            save_checkpoint(run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept, settings)
+            save_checkpoint(
+                run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept, settings,
+                run.world.watch.moved,
+            )  # fmt: skip
 
         parts = chain(run.mode.parts(run.pipeline.layers()), moments)
         stream_to_main(parts, run.layout.stage_leaders(), run.world, write)
