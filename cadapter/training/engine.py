@@ -187,6 +187,14 @@ class _Engine(PipelineEngine):
     """What is done instead where the other stages take no part."""
 
 
+def rehearsed_micro_batches(stage: int, stages: int, accumulation: int) -> int:
+    """How many micro-batches a step needs in which stage s of S has as much to hold as in one of M: min(S − s + 1, M).
+
+    S − s are under way at once, and one more finds the gradients of the first beside them.
+    """
+    return min(stages - stage + 1, accumulation)
+
+
 class Pipeline:
     """The pipeline of this process: builds its stage and runs micro-batches through the stages.
 
@@ -278,15 +286,14 @@ class Pipeline:
     def rehearse(self, micro_batch: PipelineBatch, received: tuple[Tensor, ...]) -> None:
         """Do what a step asks of this stage when most micro-batches are under way, without the other stages.
 
-        The schedule is that of a step which is as short as that allows: S − s micro-batches are under way at once on
-        stage s of S, and one more finds the first one's gradients beside them. :meth:`forget` is called afterwards.
+        It takes a step that is as short as that allows; :meth:`forget` is called afterwards.
 
         Args:
             micro_batch: takes the place of each.
             received: what would come from the stage before, in the form in which it travels.
         """
         engine = self._engine
-        count = min(engine.num_stages - engine.stage_id + 1, engine.micro_batches)
+        count = rehearsed_micro_batches(engine.stage_id, engine.num_stages, engine.micro_batches)
         engine.set_dataiterator(repeat(micro_batch))
         engine.module.train()
         engine._compute_loss = True
