@@ -78,7 +78,9 @@ class Rehearsal:
             if not failed:
                 break
             if self.slower is None:
-                raise error or end_with_another(f"GPU memory ran out on {self._named(failed)}.", self.world)
+                if error is not None:
+                    raise error
+                raise end_with_another(f"GPU memory ran out on {self._named(failed)}.", self.world)
             error = None  # it holds on to the tensors of where it arose
             keep = self.keep_less()
             if self.world.is_main:
