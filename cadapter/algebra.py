@@ -299,13 +299,13 @@ def largest_eigenvalue(G: Tensor) -> Tensor:
 
     ``‖G^p‖_F^(1/p) ≤ λ_max·r^(1/2p)`` with p = 2^SQUARINGS: 0.1 % too much at rank 64, 0.2 % at rank 1024.
     """
-    logarithm = G.new_zeros(G.shape[:-2])
+    norms = []
     for k in range(SQUARINGS + 1):
-        norm = torch.linalg.matrix_norm(G).clamp_min(torch.finfo(G.dtype).tiny)
-        logarithm = logarithm + norm.log() / 2**k
-        G = G / norm[..., None, None]
-        G = G @ G
-    return logarithm.exp()
+        G = G @ G if k else G
+        norms.append(torch.linalg.matrix_norm(G).clamp_min(torch.finfo(G.dtype).tiny))
+        G = G / norms[-1][..., None, None]
+    shares = torch.arange(len(norms), dtype=G.dtype, device=G.device).neg().exp2()
+    return (torch.stack(norms, dim=-1).log() @ shares).exp()
 
 
 def decay_coefficient(gram_A: Tensor, gram_B: Tensor, scale: float, lr_times_lambda: float | Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def decay_coefficient(gram_A: Tensor, gram_B: Tensor, scale: float, lr_times_lam
 
     The bound keeps a decay step from overshooting; it acted where the result is below ``lr·λ·s²``.
     """
-    bound = 0.5 / torch.maximum(largest_eigenvalue(gram_A), largest_eigenvalue(gram_B))
+    bound = 0.5 / largest_eigenvalue(torch.stack([gram_A, gram_B])).amax(dim=0)  # together: half the launches on a GPU
     return torch.clamp(bound, max=lr_times_lambda * scale**2)
 
 

@@ -119,15 +119,27 @@ class EmbeddingLayer(nn.Module):
         self.scale = scale
         self.carrier = carrier
         self.device = device
+        self._ahead: tuple[Tensor, Tensor] | None = None
 
     @property
     def table(self) -> nn.Module:
         """The module that looks embeddings up."""
         return self._table[0]
 
+    def look_ahead(self, input_ids: Tensor) -> None:
+        """Look up on the host, while the GPU works, what the next pass will start with: these very ``input_ids``."""
+        if self._place != self.device:
+            self._ahead = input_ids, self.table(input_ids).pin_memory()
+
+    def _embeddings(self, input_ids: Tensor) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is input_ids:
+            return ahead[1]
+        return self.table(to_device(input_ids, self._place))
+
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64, and positions where needed."""
-        hidden = to_device(self.table(to_device(inputs[0], self._place)), self.device)
+        hidden = to_device(self._embeddings(inputs[0]), self.device)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         return self.carrier.start(hidden, inputs)

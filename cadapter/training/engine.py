@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cadapter.errors import CadapterError
 from cadapter.models.device import to_device
+from cadapter.models.layers import EmbeddingLayer
 from cadapter.training.layout import Layout
 
 # DeepSpeed prints on import and while it builds; what users should know, cadapter says itself.
@@ -98,6 +99,10 @@ class _Stage(PipelineModule):
             self.forward_funcs.append(layer)
             self.add_module(str(index), layer)
             self._moved()
+
+    def train(self, mode: bool = True) -> _Stage:
+        """Switch modes; the engine asks for it in each step, while the GPU waits, and there are many modules."""
+        return self if mode == self.training else super().train(mode)
 
     def forward(self, forward_input: Any) -> Any:
         self._moved()
@@ -303,6 +308,12 @@ class Pipeline:
             engine._exec_schedule(schedule.TrainSchedule(count, engine.num_stages, engine.stage_id))
         finally:
             del engine._INSTRUCTION_MAP  # that of the class counts again
+
+    def look_ahead(self, batch: PipelineBatch) -> None:
+        """Begin already with what the host does for the micro-batch that will come next."""
+        first = self.module.forward_funcs[0]
+        if isinstance(first, EmbeddingLayer):
+            first.look_ahead(batch[0][0])
 
     def forget(self) -> None:
         """Let go of the micro-batches of a step that failed or was rehearsed, so that one can be taken."""

@@ -170,6 +170,7 @@ class Trainer:
         self._flush()
         if step < run.plan.total_steps:
             self._prefetched = step + 1, self._micro_batches(step + 1)
+            run.pipeline.look_ahead(self._prefetched[1][0])
         run.gradients.reduce(run.groups)
         norm, stop, save = self._agree()
         self.position.count_step(step, was_skipped=not math.isfinite(norm))

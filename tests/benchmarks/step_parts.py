@@ -46,7 +46,10 @@ class Notes:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
-    def training_step(self, _step: int, _epoch: int, _tokens: int, _seconds: float, values: Any, _norms: Any) -> None:
+    def phase(self, text: str) -> None:
+        """What the trainer is at is of no interest here."""
+
+    def training_step(self, _step: int, _epoch: int, _tokens: int, _seconds: float, values: Any, *_more: Any) -> None:
         self.steps.append(values)
 
 

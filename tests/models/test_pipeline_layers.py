@@ -67,6 +67,23 @@ def test_a_table_that_lies_elsewhere_is_no_part_of_the_layer_and_its_rows_are_se
     assert torch.equal(here(inputs)[0], 2 * table.weight[:6].view(2, 3, 4))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what is looked up ahead lies in memory pinned for a GPU")
+def test_what_was_looked_up_ahead_serves_its_micro_batch_and_no_other():
+    table, device = torch.nn.Embedding(10, 4).requires_grad_(False), torch.device("cuda")
+    layer = EmbeddingLayer(table, 2.0, CarrierFormat(), device)
+    ids, others, codes = torch.arange(6).view(2, 3), torch.arange(6).view(2, 3) + 4, torch.ones(2, 3, dtype=torch.int8)
+
+    def hidden(which: torch.Tensor) -> torch.Tensor:
+        return layer((which, codes, torch.arange(2)))[0].cpu()
+
+    layer.look_ahead(ids)
+    table.weight.neg_()  # so that it shows which rows are old
+    assert torch.equal(hidden(ids), -2 * table.weight[ids])
+    assert torch.equal(hidden(ids), 2 * table.weight[ids])
+    layer.look_ahead(ids)
+    assert torch.equal(hidden(others), 2 * table.weight[others])
+
+
 # ---- what crosses a stage boundary --------------------------------------------------------------------------------
 
 
