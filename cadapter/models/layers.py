@@ -64,6 +64,14 @@ class CarrierFormat(NamedTuple):
         dropout_rows = rest.pop(0) if self.dropout else None
         return Carrier(hidden, codes, penalty, dropout_rows, rest.pop(0) if self.positions else None)
 
+    def start(self, hidden: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What sets out with hidden states [B, T, H] for a micro-batch, the ``inputs`` of :class:`EmbeddingLayer`."""
+        _, codes, rows, *positions = inputs
+        penalty = hidden.new_zeros(1, dtype=torch.float32) if self.penalty else None
+        kept_rows = to_device(rows, hidden.device) if self.dropout else None
+        where = to_device(positions[0], hidden.device) if self.positions else None
+        return self.pack(Carrier(hidden, to_device(codes, hidden.device), penalty, kept_rows, where))
+
 
 class Frame:
     """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
@@ -131,14 +139,10 @@ class EmbeddingLayer(nn.Module):
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64, and positions where needed."""
-        input_ids, codes, rows, *positions = inputs
-        hidden = to_device(self._embeddings(input_ids), self.device)
+        hidden = to_device(self._embeddings(inputs[0]), self.device)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
-        kept_rows = to_device(rows, self.device) if self.carrier.dropout else None
-        where = to_device(positions[0], self.device) if self.carrier.positions else None
-        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, kept_rows, where))
+        return self.carrier.start(hidden, inputs)
 
 
 def run_block(

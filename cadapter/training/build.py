@@ -37,6 +37,7 @@ from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Recompute, recompute_for
+from cadapter.training.rehearsal import Rehearsal
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.samples import SamplePlan, Sampler, plan_samples
@@ -112,7 +113,7 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     _check_that_something_trains(data.train.trained, loss_settings(config, mode, carrier))
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
     sizes = sizes_of(config, model, mode, carrier, compiles(config, model))
-    builder = StageBuilder(model, mode, carrier, _recompute(config, model, sizes, bounds, world.size > 1), runner)
+    builder = StageBuilder(model, mode, carrier, _recompute(config, world, sizes, bounds), runner)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     done = Position() if resume_from is None else load_checkpoint(resume_from).position
     steps = BatchPlan(
@@ -151,9 +152,14 @@ def compiles(config: Config, model: CausalLM) -> bool:
     return compiles_on(model.device.type, config, model)
 
 
-def _recompute(config: Config, model: CausalLM, sizes: RunSizes, bounds: list[int], several: bool) -> Recompute:
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
-    return recompute_for(config.activation_checkpointing, sizes, bounds, free, several)
+def _recompute(config: Config, world: World, sizes: RunSizes, bounds: list[int]) -> Recompute:
+    """What blocks keep; all processes decide by the GPU of which the least is free."""
+    least = None
+    if world.device.type == "cuda":
+        free = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+        free[world.rank] = torch.cuda.mem_get_info(world.device)[0]
+        least = sum_over_world(free).min().item()
+    return recompute_for(config.activation_checkpointing, sizes, bounds, least)
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:
@@ -223,6 +229,7 @@ def build_run(
         optimiser.load_state(saved.moments)
     elif config.init_from is not None:
         plan.mode.load(pipeline.layers(), Path(config.init_from))
+    gradients, groups = Gradients(parameters, trained.copies, _gradient_dtype(config)), gradient_groups(plan, pipeline)
     return Run(
         config=config,
         world=world,
@@ -232,9 +239,22 @@ def build_run(
         loss=loss,
         mode=plan.mode,
         trained=trained,
-        gradients=Gradients(parameters, trained.copies, _gradient_dtype(config)),
-        groups=gradient_groups(plan, pipeline),
+        gradients=gradients,
+        groups=groups,
         optimiser=optimiser,
+        rehearsal=Rehearsal(
+            world=world,
+            layout=layout,
+            pipeline=pipeline,
+            loss=loss,
+            gradients=gradients,
+            groups=groups,
+            optimiser=optimiser,
+            carrier=builder.carrier,
+            hidden_size=plan.model.hidden_size,
+            dtype=plan.model.dtype,
+            keep=builder.recompute.block(0) if config.activation_checkpointing == "auto" else None,
+        ),
         plan=plan.steps,
         batches=StepBatches(plan.data.train, plan.steps),
         evaluation=_evaluation(plan),

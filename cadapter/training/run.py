@@ -126,7 +126,7 @@ def _reporter(run: Run) -> Reporter:
 
 
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
-    """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
+    """Until ``stack`` closes, use the fastest attention kernel; say what will be compiled."""
     config, model = plan.config, plan.model
     attention = f"attention: {model.attention}."
     if model.attention == "sdpa":
@@ -148,7 +148,7 @@ def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> 
         return
     note(attention)
     if compiles(config, model):
-        note("Compiling in the first step, once for all decoder blocks that are alike: up to some minutes.")
+        note("Compiling as training starts, once for all decoder blocks that are alike: up to some minutes.")
     else:
         note("compile: decoder blocks run as they are.")
 
