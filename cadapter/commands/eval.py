@@ -22,8 +22,9 @@ EXAMPLES = (
     "cadapter eval config.toml --strength -1:1:0.5 --data good.jsonl:1 --json scores.json",
 )
 
-SAMPLES, SAMPLE_TOKENS = 8, 64
-"""How many texts of how many tokens a steering report holds for each strength."""
+SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 8, 64, 0.8
+"""How many texts a steering report holds for each strength, of how many tokens, and how these are drawn."""
+SAMPLE_SEED = 0
 
 _TEXTS = "Which texts"
 _REPORT = "The report"
@@ -118,6 +119,9 @@ def command(
     sample_tokens: Annotated[
         int, typer.Option(metavar="N", help="Length of a sampled text.", min=1, rich_help_panel=_REPORT)
     ] = SAMPLE_TOKENS,
+    sample_temperature: Annotated[
+        float, typer.Option(metavar="X", help="0 always takes the most probable token.", rich_help_panel=_REPORT)
+    ] = SAMPLE_TEMPERATURE,
 ) -> None:
     """Score held-out documents with the base model and with the adapter at each strength.
 
@@ -141,6 +145,10 @@ def command(
     strengths = strengths_of(strength) if strength else None
     if kl_budget is not None and not (math.isfinite(kl_budget) and kl_budget > 0):
         raise UsageError(f"--kl-budget {kl_budget:g}: give a number above 0.")
+    if not (math.isfinite(sample_temperature) and sample_temperature >= 0):
+        raise UsageError(
+            f"--sample-temperature {sample_temperature:g}: give 0 (the most probable token) or a number above."
+        )
     directory = adapter or adapter_of_run(Path(settings.output_dir))
     for file in (html, json_file):
         check_report(file)
@@ -152,10 +160,12 @@ def command(
 
     from cadapter.terminal import warn
     from cadapter.training.evaluation import EvalOptions, evaluate
+    from cadapter.training.writing import Drawing
 
     sweep = sweep or html is not None
     count = samples if samples is not None else SAMPLES if sweep else 0
-    result = evaluate(settings, EvalOptions(directory, strengths, sweep, texts, neutral, count, sample_tokens))
+    drawing = Drawing(sample_tokens, sample_temperature, SAMPLE_SEED)
+    result = evaluate(settings, EvalOptions(directory, strengths, sweep, texts, neutral, count, drawing))
     if result is None:
         return
     for said in result.notes:

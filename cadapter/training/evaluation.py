@@ -38,8 +38,6 @@ from cadapter.training.writing import Drawing, Writer
 ROWS_AT_ONCE = 9
 """How often a micro-batch holds its document at most: the base and eight strengths. More strengths take more passes, so
 that memory does not grow with them."""
-SAMPLE_DRAWN = (0.8, 0)
-"""How the texts of a report are drawn: temperature and seed."""
 LENGTH_STEP = 64
 """Documents are padded to a multiple of this many tokens, so that few different shapes run."""
 
@@ -52,7 +50,7 @@ class EvalOptions:
         strengths: None: those that the adapter is evaluated at by default, with ``sweep`` from −2 to 2.
         data: files with their classes, instead of the run's held-out documents.
         neutral: a file of neutral texts, beside the others.
-        samples, sample_tokens: so many texts of at most so many tokens are written at each strength.
+        samples: so many texts are written at each strength, as ``drawing`` says; without it none.
     """
 
     adapter: Path
@@ -61,7 +59,7 @@ class EvalOptions:
     data: tuple[tuple[str, int], ...] = ()
     neutral: str | None = None
     samples: int = 0
-    sample_tokens: int = 64
+    drawing: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +134,11 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
                     sums[index, codes] = values
     sums = sum_over_world(sums.to(world.device)).cpu()
     continued = None
-    if options.samples:
+    if options.samples and options.drawing is not None:
         world.watch.enter("sampling")
         tokens_at_once, parts, cached = rows * max(shared), len(subject.models), cached_frame(subject.models)
         writer = Writer(pipeline, layout, world, tokens_at_once, parts, cached)
-        prompts, drawing = prompts_of(documents, options.samples), Drawing(options.sample_tokens, *SAMPLE_DRAWN)
+        prompts, drawing = prompts_of(documents, options.samples), options.drawing
         total = len(prompts) * len(strengths) * drawing.max_new_tokens
         with _shown(world, "sampling", total, "tokens") as advance:
             continued = continuations(prompts, subject, load_tokenizer(config).fast, writer, drawing, advance)

@@ -62,7 +62,7 @@ def evaluation(
         on_neutral=on_neutral,
         documents=documents,
         skipped=0,
-        stages=1,
+        continuations=None,
         notes=(),
     )
 
