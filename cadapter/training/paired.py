@@ -37,10 +37,12 @@ class Parts(nn.Module):
         return torch.cat([call(part, **each) for call, part, each in parts])
 
 
-def with_and_without(block: LoraBlock) -> Parts:
-    """A block whose first half of rows sees no LoRA and whose second half does."""
+def with_and_without(block: nn.Module) -> Parts:
+    """A block whose first half of rows sees no LoRA and whose second half does, where it has one."""
 
     def bare(*args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(block, LoraBlock):
+            return block(*args, **kwargs)
         block.switch(False)
         try:
             return block(*args, **kwargs)

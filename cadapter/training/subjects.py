@@ -17,7 +17,6 @@ from cadapter.adapters.directory import (
     read_control_adapter,
     validate_against,
 )
-from cadapter.adapters.lora import LoraBlock
 from cadapter.adapters.lora_directory import LoraAdapterFiles, load_into, read_lora_adapter
 from cadapter.adapters.lora_targets import ModelTargets
 from cadapter.adapters.strengths import existing_strengths, load_factors, native_settings, neumann_note, strength_tables
@@ -128,7 +127,7 @@ def _lora(config: Config, path: Path, world: World) -> Subject:
     def give(layers: Sequence[nn.Module]) -> None:
         load_into(lora_blocks_of(layers), path)
         for layer in layers:
-            if isinstance(layer, DecoderLayer) and isinstance(layer.block, LoraBlock):
+            if isinstance(layer, DecoderLayer):
                 layer.block = with_and_without(layer.block)
 
     return Subject(model, mode, [0.0, 1.0], give, (model, model))

@@ -155,7 +155,9 @@ def test_a_base_in_4_bits_writes_what_its_rounded_weights_do(project: Project, a
 @pytest.fixture(scope="module")
 def lora(project: Project) -> Path:
     torch.manual_seed(5)
-    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    settings = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2], init_lora_weights=False
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(project.root / "model"), settings)
     model.save_pretrained(project.root / "lora")
     return project.root / "lora"
