@@ -39,12 +39,14 @@ class Sampled:
         prompts: the text of each prompt, with its dataset and class.
         samples: by strength, one for each prompt.
         new_tokens: how many tokens were written at most.
+        temperature: at which they were drawn; 0: each is the most probable one.
         documents_repetition: repetition of as many tokens of the documents themselves, for comparison.
     """
 
     prompts: list[tuple[str, str, int]]
     samples: dict[float, list[Sample]]
     new_tokens: int
+    temperature: float
     documents_repetition: float
 
     def repetition(self, strength: float) -> tuple[float, float]:
@@ -66,14 +68,16 @@ def repetition(ids: Sequence[int]) -> float:
 
 def sampled(continued: Continuations, tokenizer: Any) -> Sampled:
     """Measure what was written, and turn token ids into words with the fast ``tokenizer``."""
-    own = np.array([repetition(prompt.following[: continued.new_tokens]) for prompt in continued.prompts])
+    most = continued.drawing.max_new_tokens
+    own = np.array([repetition(prompt.following[:most]) for prompt in continued.prompts])
     return Sampled(
         prompts=[
             (tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.dataset, prompt.control_class)
             for prompt in continued.prompts
         ],
         samples={t: [_sample(tokenizer, text) for text in texts] for t, texts in continued.written.items()},
-        new_tokens=continued.new_tokens,
+        new_tokens=most,
+        temperature=continued.drawing.temperature,
         documents_repetition=float(own[~np.isnan(own)].mean()) if not np.isnan(own).all() else float("nan"),
     )
 

@@ -35,12 +35,12 @@ class Continuations:
     Attributes:
         prompts: after which.
         written: by strength, a text for each prompt.
-        new_tokens: how many tokens were written at most.
+        drawing: how.
     """
 
     prompts: list[Prompt]
     written: dict[float, list[Text]]
-    new_tokens: int
+    drawing: Drawing
 
 
 def prompts_of(documents: Sequence[HeldOutDocument], count: int) -> list[Prompt]:
@@ -77,4 +77,4 @@ def continuations(
         ends = frozenset(end_tokens_of(model.checkpoint.directory, model.config, tokenizer))
         texts[strength] = [Text(number, code, prompt.ids.tolist(), ends) for number, prompt in enumerate(prompts)]
     writer.write([text for each in texts.values() for text in each], drawing, advance)
-    return Continuations(prompts, dict(sorted(texts.items())), drawing.max_new_tokens)
+    return Continuations(prompts, dict(sorted(texts.items())), drawing)

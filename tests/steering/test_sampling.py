@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from cadapter.steering.sampling import repetition, sampled
 from cadapter.training.continuations import Continuations, Prompt
-from cadapter.training.writing import Text
+from cadapter.training.writing import Drawing, Text
 from tests.tiny_tokenizer import make_tokenizer
 
 EOS = 2
@@ -44,8 +44,9 @@ def test_texts_are_counted_without_the_token_that_ended_them(tmp_path: Path) -> 
         0.0: [Text(0, 0, [1], frozenset({EOS}), [*words, EOS], True), Text(1, 0, [1], frozenset({EOS}), words * 2)],
         1.0: [Text(0, 1, [1], frozenset({EOS}), [EOS], True), Text(1, 1, [1], frozenset({EOS}), words[:3])],
     }
-    found = sampled(Continuations(prompts, written, 2 * len(words)), tokenizer)
+    found = sampled(Continuations(prompts, written, Drawing(2 * len(words), 0.7, 0)), tokenizer)
     assert found.prompts == [("over and over", "a", 1), ("over and over", "b", -1)]
+    assert (found.new_tokens, found.temperature) == (2 * len(words), 0.7)
     base, turned = found.samples[0.0], found.samples[1.0]
     assert [(each.text, each.tokens, each.ended) for each in base] == [
         ("over and over", len(words), True),

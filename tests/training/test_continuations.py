@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -29,6 +27,7 @@ from tests.models.test_shell import INFERRED, tiny_config
 from tests.steered_models import make_adapter, make_model
 from tests.tiny_models import CONFIGS
 from tests.tiny_project import HIDDEN, LAYERS, Project, make_project
+from tests.training.test_four_bit_training import round_to_4_bits
 
 pytestmark = pytest.mark.processes
 
@@ -137,13 +136,7 @@ def test_greedy_texts_are_those_of_generate(project: Project, adapter: Path) -> 
 def test_a_base_in_4_bits_writes_what_its_rounded_weights_do(project: Project, adapter: Path) -> None:
     def rounded() -> Any:
         model = AutoModelForCausalLM.from_pretrained(project.root / "model").eval()
-        names = []
-        for name, weight in model.named_parameters():
-            if re.search(r"layers\..*_proj\.weight$", name):
-                packed = bitsandbytes.functional.quantize_4bit(weight.data, compress_statistics=True, quant_type="nf4")
-                weight.data = bitsandbytes.functional.dequantize_4bit(*packed)
-                names.append(name)
-        assert len(names) == 7 * LAYERS
+        assert round_to_4_bits(model, r"layers\..*_proj\.weight$") == 7 * LAYERS
         return model
 
     config = config_of(project, "four-bit", load_in_4bit=True)
@@ -196,7 +189,7 @@ def test_each_of_two_models_ends_by_its_own_tokens(project: Project, tuned: Path
     found = continued(plain_config(project, "ends"), project, tuned)
     token = found.written[1.0][0].written[3]
     model = AutoModelForCausalLM.from_pretrained(tuned)
-    model.generation_config.eos_token_id = token
+    model.generation_config.eos_token_id = [2, token]
     model.save_pretrained(tmp_path / "other")
     other = continued(plain_config(project, "ends"), project, tmp_path / "other")
     assert ids_of(other, 0.0) == ids_of(found, 0.0)
