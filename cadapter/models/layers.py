@@ -235,7 +235,7 @@ class HeadInputs(NamedTuple):
 
     Attributes:
         hidden: normed hidden states, [B, T, H].
-        weights: the head's weight [V, H] that all rows share, or one for each row.
+        weights: the head's weight [V, H] that all rows share, or one for each of some equal parts of the rows.
         logits: what is done to the products of the two.
         codes, penalty: as in :class:`Carrier`.
     """
