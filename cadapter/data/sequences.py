@@ -45,6 +45,11 @@ class PackedSequences:
         positive, negative, neutral = self.counts.sum(axis=0, dtype=np.int64).tolist()
         return positive, negative, neutral
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in all sequences, which are read for it; 0 where there are none."""
+        return max((int(block.ids.max()) for block in self._blocks), default=0)
+
     def rows(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (ids int32, classes int8, trained bool), each [n, S], of the sequences ``indices`` [n]."""
         ids, classes, flags = self.gather(indices)
