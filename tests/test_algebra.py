@@ -333,9 +333,7 @@ def test_what_cannot_be_worked_out_is_said_truly():
     """All eigenvalues of I + M are 0.1, none is near the negative axis: but four of them share one eigenvector."""
     Q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
     M = Q @ (torch.diag(torch.full((3,), 3.0), 1).double() - 0.9 * torch.eye(4, dtype=torch.float64)) @ Q.T
-    with pytest.raises(
-        UsageError, match=r"layer 2: strength 0.5 cannot .* values from 3.7e-06 to 3.07, too far"
-    ):
+    with pytest.raises(UsageError, match=r"layer 2: strength 0.5 cannot .* values from 3.7e-06 to 3.07, too far"):
         algebra.strength_transform(M, 0.5, "layer 2")
 
 
