@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,12 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
+def new_directory(output: Path, force: bool = False, moved: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``output`` that becomes ``output`` when the block succeeds.
 
     When the block raises, the sibling is removed and ``output`` is as it was. With ``force`` an existing
-    directory is replaced only after the new one is complete.
+    directory is replaced only after the new one is complete. ``moved`` is called after each file that has reached the
+    disk.
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or its parent cannot be written.
@@ -101,6 +102,7 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     flush_to_disk(file)
+                    moved()
             if force:
                 replace_directory(temporary, output)
             else:

@@ -28,20 +28,28 @@ print("done", flush=True)
 
 def run_processes(body: str, count: int = 2) -> tuple[list[int], str, float]:
     """Run ``body(world)`` in each of ``count`` processes: exit codes by rank, all that was said, seconds."""
+    return run_program(PROGRAM.format(body=body), count)
+
+
+def run_program(program: str, count: int, *arguments: object, **changes: str) -> tuple[list[int], str, float]:
+    """Run a program in each of ``count`` processes, told of the others as by a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     started = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(body=body)],
-            env=environment(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            [sys.executable, "-c", program, *map(str, arguments)],
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                **changes,
+            ),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         )
         for rank in range(count)
     ]  # fmt: skip
     try:
-        said = "".join(process.communicate(timeout=120)[0] for process in processes)
+        said = "".join(process.communicate(timeout=300)[0] for process in processes)
     finally:
         for process in processes:
             process.kill()

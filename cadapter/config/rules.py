@@ -169,10 +169,10 @@ def config_warnings(config: Any) -> list[str]:
         )
     if config.gradient_dtype != "float32" and not config.full_fine_tune:
         warnings.append("gradient_dtype has an effect on full fine-tuning only.")
-    if not config.control_class0_lambda and any(dataset.control_class == NEUTRAL for dataset in config.datasets):
-        warnings.append(
-            "The sequences of class 0 train nothing: set control_class0_lambda above 0, or leave those datasets out."
-        )
+    has_neutral = any(dataset.control_class == NEUTRAL for dataset in config.datasets)
+    if has_neutral and not config.control_class0_lambda * config.class_weights.neutral:
+        key = "class_weights.neutral" if config.control_class0_lambda else "control_class0_lambda"
+        warnings.append(f"The sequences of class 0 train nothing: set {key} above 0, or leave those datasets out.")
     if config.control_inverse == "neumann" and config.lora_weight_dtype == "bfloat16":
         warnings.append(
             'control_inverse = "neumann" with bfloat16 adapters adds rounding to the truncated series: '

@@ -146,6 +146,20 @@ def _write_index(base: Checkpoint, directory: Path, total_size: int) -> None:
         write_json(directory / INDEX_NAME, index)
 
 
+_CARD_BEGINS = "`cadapter merge` changed "
+_CARD_HEAD = 4096
+"""Bytes of a model card in which that stands, if it does."""
+
+
+def is_merged(directory: Path) -> bool:
+    """Whether :func:`merge_model` wrote the model in ``directory``, as its card says."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return False
+    with card.open("rb") as file:
+        return _CARD_BEGINS.encode() in file.read(_CARD_HEAD)
+
+
 def merge_card(base_name: str, recipe: list[str], notes: list[str], dtype: str | None, summary: MergeSummary) -> str:
     """README.md of a merged model: what was merged into what, and what that changed."""
     steps = "\n".join(f"{number}. {step}" for number, step in enumerate(recipe, start=1))
@@ -159,7 +173,7 @@ tags:
 
 # Merged model
 
-`cadapter merge` changed `{base_name}` by, in this order:
+{_CARD_BEGINS}`{base_name}` by, in this order:
 
 {steps}
 

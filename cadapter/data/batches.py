@@ -33,10 +33,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def filled(order: np.ndarray, sequences_per_step: int, step: int) -> np.ndarray:
-    """Return the ``step``-th (from 0) group [sequences_per_step] of ``order``, the last one filled up with fillers."""
+def filled(order: np.ndarray, sequences_per_step: int, start: int) -> np.ndarray:
+    """Return the group [sequences_per_step] of ``order`` that begins at ``start``, filled up with fillers."""
     group = np.full(sequences_per_step, FILLER, np.int64)
-    part = order[step * sequences_per_step : (step + 1) * sequences_per_step]
+    part = order[start : start + sequences_per_step]
     group[: len(part)] = part
     return group
 
@@ -44,6 +44,9 @@ def filled(order: np.ndarray, sequences_per_step: int, step: int) -> np.ndarray:
 @dataclass(frozen=True)
 class BatchPlan:
     """The steps of a run over ``count`` sequences; an epoch's last step is filled with fillers.
+
+    A run that goes on has taken ``after_step`` steps already, which have read ``after_sequences`` sequences (``count``
+    for each whole epoch), perhaps other numbers of them a step.
 
     Raises:
         ValueError: a number that must be positive is not.
@@ -54,6 +57,8 @@ class BatchPlan:
     epochs: int = 1
     max_steps: int | None = None
     seed: int = 0
+    after_step: int = 0
+    after_sequences: int = 0
 
     def __post_init__(self) -> None:
         if min(self.count, self.sequences_per_step, self.epochs, 1 if self.max_steps is None else self.max_steps) < 1:
@@ -61,29 +66,60 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """ceil(count / sequences_per_step)."""
+        """ceil(count / sequences_per_step): steps of a whole epoch."""
         return -(-self.count // self.sequences_per_step)
 
     @property
+    def _begun(self) -> tuple[int, int]:
+        """The epoch (from 0) in which this plan starts, and how many of its steps are left."""
+        epoch, read = divmod(self.after_sequences, self.count)
+        return epoch, -(-(self.count - read) // self.sequences_per_step)
+
+    @property
     def total_steps(self) -> int:
-        """Steps of the run: those of all epochs, at most ``max_steps``."""
-        steps = self.epochs * self.steps_per_epoch
+        """Steps of the run with those before: of all epochs, at most ``max_steps``."""
+        epoch, left = self._begun
+        steps = self.after_step
+        if epoch < self.epochs:
+            steps += left + (self.epochs - epoch - 1) * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch (from 0) of ``step``, which is after ``after_step``, and the place in it where it begins."""
+        epoch, left = self._begun
+        later = step - self.after_step - 1
+        if later < left:
+            return epoch, self.after_sequences % self.count + later * self.sequences_per_step
+        more, within = divmod(later - left, self.steps_per_epoch)
+        return epoch + 1 + more, within * self.sequences_per_step
+
     def epoch_of(self, step: int) -> int:
-        """Return the epoch (from 1) that ``step`` (from 1) belongs to."""
-        return (step - 1) // self.steps_per_epoch + 1
+        """Return the epoch (from 1) that ``step`` (from 1) belongs to; of the steps before, that of the last."""
+        if step <= self.after_step:
+            return max(0, self.after_sequences - 1) // self.count + 1
+        return self._place(step)[0] + 1
+
+    def read_by(self, step: int) -> int:
+        """Return how many sequences the run has read after ``step``, ``count`` for each whole epoch."""
+        if step <= self.after_step:
+            return self.after_sequences
+        epoch, start = self._place(step)
+        return epoch * self.count + min(start + self.sequences_per_step, self.count)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether ``step`` reads the last sequences of its epoch."""
+        return self.read_by(step) % self.count == 0
 
     def indices(self, step: int) -> np.ndarray:
         """Return the sequences [sequences_per_step] int64 of ``step`` (from 1); −1 where there is none left.
 
         Raises:
-            IndexError: no such step.
+            IndexError: no such step, or it is one of those before.
         """
-        if not 1 <= step <= self.total_steps:
-            raise IndexError(f"step {step} is not among the {self.total_steps} steps")
-        order = epoch_order(self.count, self.seed, self.epoch_of(step))
-        return filled(order, self.sequences_per_step, (step - 1) % self.steps_per_epoch)
+        if not self.after_step < step <= self.total_steps:
+            raise IndexError(f"step {step} is not among the steps {self.after_step + 1} to {self.total_steps}")
+        epoch, start = self._place(step)
+        return filled(epoch_order(self.count, self.seed, epoch + 1), self.sequences_per_step, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +269,7 @@ class EvaluationBatches(Sequence[list[MicroBatch]]):
     def _indices(self, step: int) -> np.ndarray:
         if not -len(self) <= step < len(self):
             raise IndexError(f"step {step} is not among the {len(self)} steps of the evaluation")
-        return filled(np.arange(len(self._packed)), self._per_step, step % len(self))
+        return filled(np.arange(len(self._packed)), self._per_step, step % len(self) * self._per_step)
 
 
 def evaluation_batches(

@@ -64,6 +64,14 @@ class CarrierFormat(NamedTuple):
         dropout_rows = rest.pop(0) if self.dropout else None
         return Carrier(hidden, codes, penalty, dropout_rows, rest.pop(0) if self.positions else None)
 
+    def start(self, hidden: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What sets out with hidden states [B, T, H] for a micro-batch, the ``inputs`` of :class:`EmbeddingLayer`."""
+        _, codes, rows, *positions = inputs
+        penalty = hidden.new_zeros(1, dtype=torch.float32) if self.penalty else None
+        kept_rows = to_device(rows, hidden.device) if self.dropout else None
+        where = to_device(positions[0], hidden.device) if self.positions else None
+        return self.pack(Carrier(hidden, to_device(codes, hidden.device), penalty, kept_rows, where))
+
 
 class Frame:
     """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
@@ -122,26 +130,22 @@ class EmbeddingLayer(nn.Module):
         return self._table[0]
 
     def look_ahead(self, input_ids: Tensor) -> None:
-        """Look up on the host, while the GPU works, what the next pass will start with: these very ``input_ids``."""
+        """Look up on the host, while the GPU works, what the next pass will start with."""
         if self._place != self.device:
             self._ahead = input_ids, self.table(input_ids).pin_memory()
 
     def _embeddings(self, input_ids: Tensor) -> Tensor:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is input_ids:
+        if ahead is not None and torch.equal(ahead[0], input_ids):
             return ahead[1]
         return self.table(to_device(input_ids, self._place))
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``inputs``: input_ids [B, T] int64, codes [B, T] int8, dropout rows [B] int64, and positions where needed."""
-        input_ids, codes, rows, *positions = inputs
-        hidden = to_device(self._embeddings(input_ids), self.device)
+        hidden = to_device(self._embeddings(inputs[0]), self.device)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        penalty = hidden.new_zeros(1, dtype=torch.float32) if self.carrier.penalty else None
-        kept_rows = to_device(rows, self.device) if self.carrier.dropout else None
-        where = to_device(positions[0], self.device) if self.carrier.positions else None
-        return self.carrier.pack(Carrier(hidden, to_device(codes, self.device), penalty, kept_rows, where))
+        return self.carrier.start(hidden, inputs)
 
 
 def run_block(
@@ -234,7 +238,7 @@ class HeadInputs(NamedTuple):
 
     Attributes:
         hidden: normed hidden states, [B, T, H].
-        weights: the head's weight [V, H] that all rows share, or one for each row.
+        weights: the head's weight [V, H] that all rows share, or one for each of some equal parts of the rows.
         logits: what is done to the products of the two.
         codes, penalty: as in :class:`Carrier`.
     """

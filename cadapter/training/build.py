@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from cadapter.models.attention import check_installed
 from cadapter.models.checkpoint import Checkpoint, resolve_model
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_isolation
-from cadapter.models.layers import run_block
+from cadapter.models.layers import CarrierFormat, run_block
 from cadapter.models.loading import DTYPES, EMBEDDING, FLEX_ATTENTION, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.planning.memory import RunSizes
@@ -37,6 +37,7 @@ from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import Recompute, recompute_for
+from cadapter.training.rehearsal import Rehearsal
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.samples import SamplePlan, Sampler, plan_samples
@@ -81,7 +82,9 @@ def load_base(config: Config, world: World, directory: Path | None = None) -> Ca
     if attention == FLEX_ATTENTION and world.device.type != "cuda":
         raise UsageError(f'attn_implementation = "{attention}" trains on GPUs only.\nUse "auto".')
     trusted = config.trust_remote_code
+    world.watch.enter("finding the model", patient=True)  # which may have to be fetched
     place = directory or resolve_model(config.model_dir, trust_remote_code=trusted)
+    world.watch.enter("reading the model's config")
     return CausalLM(Checkpoint(place, trusted), DTYPES[config.dtype], world.device, attention, config.load_in_4bit)
 
 
@@ -109,14 +112,42 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     if has_neutral and not weighs_neutral(config) and by_record and world.is_main:
         warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
     carrier = carrier_of(config, mode, has_neutral)
+    _check_that_something_trains(data.train.trained, loss_settings(config, mode, carrier))
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
     sizes = sizes_of(config, model, mode, carrier, compiles(config, model))
-    recompute = _recompute(config, model, sizes, bounds, world.size > 1)
+    recompute = _recompute(config, world, sizes, bounds)
     builder = StageBuilder(model, mode, carrier, recompute, runner, layout.stages)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
-    steps = BatchPlan(len(data.train), per_step, config.epochs, config.max_steps, config.seed)
+    done = Position() if resume_from is None else load_checkpoint(resume_from).position
+    steps = BatchPlan(
+        len(data.train), per_step, config.epochs, config.max_steps, config.seed, done.step, done.sequences
+    )
     samples = plan_samples(config, model) if data.evaluation is not None else None
     return Plan(config, layout, data, model, mode, builder, bounds, steps, sizes, samples)
+
+
+def loss_settings(config: Config, mode: Mode, carrier: CarrierFormat) -> LossSettings:
+    """What the losses of the three classes count."""
+    weights = config.class_weights
+    neutral = config.control_class0_lambda * weights.neutral if carrier.penalty else 0.0
+    return LossSettings(weights.positive, weights.negative, neutral, mode.applications)
+
+
+def _check_that_something_trains(trained: Sequence[int], settings: LossSettings) -> None:
+    """Make sure that some of the ``trained`` tokens of the classes +1, −1 and 0 have a weight.
+
+    Raises:
+        UsageError: the run would train nothing.
+    """
+    of_classes = list(
+        zip(("+1", "-1", "0"), trained, (settings.positive, settings.negative, settings.neutral), strict=True)
+    )
+    if not any(tokens * weight for _, tokens, weight in of_classes):
+        there = ", ".join(f"{tokens:,} of class {name}" for name, tokens, _ in of_classes if tokens)
+        raise UsageError(
+            f"Nothing would be trained: the training data's tokens ({there}) all have the weight 0.\n"
+            "Set class_weights above 0, and control_class0_lambda for class 0."
+        )
 
 
 def _check_early_stopping(config: Config, data: PreparedData) -> None:
@@ -140,9 +171,14 @@ def compiles(config: Config, model: CausalLM) -> bool:
     return compiles_on(model.device.type, config, model)
 
 
-def _recompute(config: Config, model: CausalLM, sizes: RunSizes, bounds: list[int], several: bool) -> Recompute:
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
-    return recompute_for(config.activation_checkpointing, sizes, bounds, free, several)
+def _recompute(config: Config, world: World, sizes: RunSizes, bounds: list[int]) -> Recompute:
+    """What blocks keep; all processes decide by the GPU of which the least is free."""
+    least = None
+    if world.device.type == "cuda":
+        free = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+        free[world.rank] = torch.cuda.mem_get_info(world.device)[0]
+        least = sum_over_world(free).min().item()
+    return recompute_for(config.activation_checkpointing, sizes, bounds, least)
 
 
 def run_facts(plan: Plan) -> dict[str, Any]:
@@ -193,13 +229,7 @@ def build_run(
     """
     config, layout, builder, facts = plan.config, plan.layout, plan.builder, run_facts(plan)
     saved = None if resume_from is None else _saved(plan, facts, directory, resume_from, given, world)
-    weights = config.class_weights
-    settings = LossSettings(
-        positive=weights.positive,
-        negative=weights.negative,
-        neutral=config.control_class0_lambda * weights.neutral if builder.carrier.penalty else 0.0,
-        applications=plan.mode.applications,
-    )
+    settings = loss_settings(config, plan.mode, builder.carrier)
     is_compiled = compiles(config, plan.model)
     averaged_over = config.gradient_accumulation_steps * layout.replicas
     loss = TrainingLoss(settings, averaged_over, world.device, is_compiled, config.compile is True)
@@ -218,6 +248,7 @@ def build_run(
         optimiser.load_state(saved.moments)
     elif config.init_from is not None:
         plan.mode.load(pipeline.layers(), Path(config.init_from))
+    gradients, groups = Gradients(parameters, trained.copies, _gradient_dtype(config)), gradient_groups(plan, pipeline)
     return Run(
         config=config,
         world=world,
@@ -227,9 +258,22 @@ def build_run(
         loss=loss,
         mode=plan.mode,
         trained=trained,
-        gradients=Gradients(parameters, trained.copies, _gradient_dtype(config)),
-        groups=gradient_groups(plan, pipeline),
+        gradients=gradients,
+        groups=groups,
         optimiser=optimiser,
+        rehearsal=Rehearsal(
+            world=world,
+            layout=layout,
+            pipeline=pipeline,
+            loss=loss,
+            gradients=gradients,
+            groups=groups,
+            optimiser=optimiser,
+            carrier=builder.carrier,
+            hidden_size=plan.model.hidden_size,
+            dtype=plan.model.dtype,
+            keep=builder.recompute.block(0) if config.activation_checkpointing == "auto" else None,
+        ),
         plan=plan.steps,
         batches=StepBatches(plan.data.train, plan.steps),
         evaluation=_evaluation(plan),
@@ -254,7 +298,8 @@ def _saved(
     if step < total and not stopped:
         return saved
     # Killed after its last checkpoint, a run has still to write final/, which is read to know it: by one process.
-    written = bool(from_main("yes" if world.is_main and is_written_out(checkpoint, directory.final) else "", world))
+    found = world.is_main and is_written_out(checkpoint, directory.final, world.watch.moved)
+    written = bool(from_main("yes" if found else "", world))
     if written and stopped:
         raise UsageError(f"{checkpoint} is the end of this run already.\n{saved.position.why_enough()}")
     if step > total or (step == total and written):

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.pipe import schedule
+    from deepspeed.runtime.pipe import p2p, schedule
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import ProcessTopology
@@ -153,6 +154,26 @@ class _Engine(PipelineEngine):
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = tuple(to_device(tensor, self.device) for tensor in targets)
 
+    def _send_nothing(self, buffer_id: int) -> None:
+        """Stand in for SendActivation, which lets go of nothing."""
+
+    def _receive_the_same(self, buffer_id: int) -> None:
+        """Stand in for RecvActivation: as if what lies in the receive buffer had come."""
+        received = tuple(part.clone() for part in self.pipe_recv_buf)
+        for part in received:
+            part.requires_grad = part.is_floating_point()
+        self.pipe_buffers["inputs"][buffer_id] = received
+
+    def _let_go_of_inputs(self, buffer_id: int) -> None:
+        """Stand in for SendGrad."""
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _receive_zeros(self, buffer_id: int) -> None:
+        """Stand in for RecvGrad: zeros for whatever floats were sent."""
+        if self.grad_layer is None:
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            self.grad_layer: Any = [torch.zeros_like(part) for part in outputs if part.is_floating_point()]
+
     _INSTRUCTION_MAP = {  # noqa: RUF012 (DeepSpeed's own name and form)
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.ReduceTiedGrads: _leave_to_trainer,
@@ -161,6 +182,22 @@ class _Engine(PipelineEngine):
         schedule.BackwardPass: _backward_all,
         schedule.LoadMicroBatch: _load,
     }
+    ALONE = {  # noqa: RUF012
+        **_INSTRUCTION_MAP,
+        schedule.SendActivation: _send_nothing,
+        schedule.RecvActivation: _receive_the_same,
+        schedule.SendGrad: _let_go_of_inputs,
+        schedule.RecvGrad: _receive_zeros,
+    }
+    """What is done instead where the other stages take no part."""
+
+
+def rehearsed_micro_batches(stage: int, stages: int, accumulation: int) -> int:
+    """How many micro-batches a step needs in which stage s of S has as much to hold as in one of M: min(S − s + 1, M).
+
+    S − s are under way at once, and one more finds the gradients of the first beside them.
+    """
+    return min(stages - stage + 1, accumulation)
 
 
 class Pipeline:
@@ -234,6 +271,44 @@ class Pipeline:
         """
         self._engine.train_batch(iter(micro_batches))
 
+    def connect(self, message: Tensor) -> None:
+        """Send ``message`` from each stage to the next and back, and agree on a loss, as a step does.
+
+        What the libraries below take for good when a connection is first used is taken then.
+        """
+        engine = self._engine
+        first, last = engine.is_first_stage(), engine.is_last_stage()
+        if not first:
+            p2p.recv(message, engine.prev_stage)
+        if not last:
+            p2p.send(message, engine.next_stage)
+            p2p.recv(message, engine.next_stage)
+        if not first:
+            p2p.send(message, engine.prev_stage)
+        engine.total_loss = torch.zeros((), device=engine.device)
+        engine._aggregate_total_loss()
+
+    def rehearse(self, micro_batch: PipelineBatch, received: tuple[Tensor, ...]) -> None:
+        """Do what a step asks of this stage when most micro-batches are under way, without the other stages.
+
+        It takes a step that is as short as that allows; :meth:`forget` is called afterwards.
+
+        Args:
+            micro_batch: takes the place of each.
+            received: what would come from the stage before, in the form in which it travels.
+        """
+        engine = self._engine
+        count = rehearsed_micro_batches(engine.stage_id, engine.num_stages, engine.micro_batches)
+        engine.set_dataiterator(repeat(micro_batch))
+        engine.module.train()
+        engine._compute_loss = True
+        engine.pipe_recv_buf = received
+        engine._INSTRUCTION_MAP = engine.ALONE
+        try:
+            engine._exec_schedule(schedule.TrainSchedule(count, engine.num_stages, engine.stage_id))
+        finally:
+            del engine._INSTRUCTION_MAP  # that of the class counts again
+
     def look_ahead(self, batch: PipelineBatch) -> None:
         """Begin already with what the host does for the micro-batch that will come next."""
         first = self.module.forward_funcs[0]
@@ -241,10 +316,11 @@ class Pipeline:
             first.look_ahead(batch[0][0])
 
     def forget(self) -> None:
-        """Let go of the micro-batches of a step that failed, so that it can be taken again."""
+        """Let go of the micro-batches of a step that failed or was rehearsed, so that one can be taken."""
         for buffers in self._engine.pipe_buffers.values():
             buffers[:] = [None] * len(buffers)
         self._engine.loss = None
+        self._engine.reset_activation_shape()
 
     def evaluate(self, micro_batches: Iterable[PipelineBatch], count: int, loss: Loss | None = None) -> None:
         """Run ``count`` micro-batches, all of one shape, forward only and without dropout.

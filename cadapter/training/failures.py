@@ -70,6 +70,16 @@ def joined_world(directory: Path | None = None) -> Iterator[World]:
         leave_world()
 
 
+def end_with_another(reason: str, world: World) -> CadapterError:
+    """Wait until the process that has met an error begins to tell of it; return what to raise here in that case.
+
+    It is ``reason``, which is told only if that process does not come to it.
+    """
+    with contextlib.suppress(RuntimeError):
+        world.store.wait([FAILED], PATIENCE)
+    return CadapterError(reason)
+
+
 def _in_plain_words(error: BaseException, world: World) -> BaseException:
     """Where memory ran out, an error that says what to do; else ``error`` itself."""
     if not isinstance(error, torch.OutOfMemoryError):

@@ -125,7 +125,7 @@ def forecast(config: Config, machine: Machine, sequences: int | None = None) -> 
     check_layout(config.pipeline_stages, machine.gpus)
     outlook = outlook_of(config)
     bounds, replicas = outlook.bounds(config.pipeline_stages), machine.gpus // config.pipeline_stages
-    usable = None if machine.free is None else usable_bytes(machine.free, machine.gpus > 1)
+    usable = None if machine.free is None else usable_bytes(machine.free)
     chosen = _recompute(config, outlook.sizes, bounds, machine)
     stages = all_stages(outlook.sizes, bounds, chosen.block)
     counts = _counts(config, sequences)
@@ -157,7 +157,7 @@ def _same(keep: str) -> Callable[[int], str]:
 
 
 def _recompute(config: Config, sizes: RunSizes, bounds: list[int], machine: Machine) -> Recompute:
-    return recompute_for(config.activation_checkpointing, sizes, bounds, machine.free, machine.gpus > 1)
+    return recompute_for(config.activation_checkpointing, sizes, bounds, machine.free)
 
 
 def _counts(config: Config, sequences: int | None) -> KnownCounts | str:
@@ -225,9 +225,9 @@ def _attempt(config: Config, machine: Machine, settings: Settings) -> Remedy:
         bounds = outlook.bounds(stages)
     except UsageError as error:
         return Remedy(settings, None, False, str(error).splitlines()[0])
-    chosen = recompute_for(changed.activation_checkpointing, outlook.sizes, bounds, machine.free, gpus > 1)
+    chosen = recompute_for(changed.activation_checkpointing, outlook.sizes, bounds, machine.free)
     memory = heaviest(outlook.sizes, bounds, chosen.block)
-    fits = memory <= usable_bytes(machine.free, gpus > 1)
+    fits = memory <= usable_bytes(machine.free)
     others = [f"on {gpus} GPUs"] if gpus != machine.gpus else []
     if changed.activation_checkpointing == "auto":
         others.append(f"keeping {in_a_word(chosen)}")

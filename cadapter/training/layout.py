@@ -49,6 +49,11 @@ class Layout:
         """The data-parallel replica of this process, from 0."""
         return self.rank // self.stages if self.column_major else self.rank % self.replicas
 
+    @property
+    def first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.stage == 0
+
     def stage_leaders(self) -> list[int]:
         """The ranks of replica 0, one for each stage in order."""
         return [stage if self.column_major else stage * self.replicas for stage in range(self.stages)]

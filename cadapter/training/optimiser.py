@@ -46,6 +46,18 @@ class Optimiser:
             for name in names:
                 self.parameters[name].grad = None
 
+    def missing_bytes(self) -> int:
+        """Bytes of the state that the first step will make; 0 where it is there.
+
+        Each moment has its parameter's dtype, and below float32 Kahan's compensation is the third.
+        """
+        return sum(
+            parameter.nbytes * (2 if parameter.dtype == torch.float32 else 3)
+            for group, adam in zip(self._groups, self._adams, strict=True)
+            for parameter in (self.parameters[name] for name in group)
+            if not adam.state.get(parameter)
+        )
+
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """Adam's moments of the parameters ``names`` as ``NAME.exp_avg`` and so on, a group at a time.
 

@@ -15,8 +15,6 @@ FASTEST_FIRST = ("none", "selective", "full", "offload")
 
 USABLE_SHARE = 0.93
 """Share of the GPU's free memory that an estimate may take up."""
-USABLE_SHARE_OF_SEVERAL = 0.88
-"""The same where several processes train: what does not fit is found out too late to choose again."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,18 @@ class Recompute:
         return self.keep if self.every > 0 and index % self.every == 0 else "none"
 
 
-def usable_bytes(free: float, several: bool) -> float:
-    """Of free GPU memory, what an estimate may take up where one process trains, or several."""
-    return free * (USABLE_SHARE_OF_SEVERAL if several else USABLE_SHARE)
+def usable_bytes(free: float) -> float:
+    """Of free GPU memory, what an estimate may take up."""
+    return free * USABLE_SHARE
 
 
-def decide(setting: str | int, needed: Callable[[str], float], free: float | None, several: bool = False) -> Recompute:
+def decide(setting: str | int, needed: Callable[[str], float], free: float | None) -> Recompute:
     """Decide by the config's ``activation_checkpointing``.
 
     Args:
         setting: "auto", what to keep, or N: every Nth block is computed again.
         needed: bytes of the heaviest stage, if all its blocks keep what is named.
         free: bytes of free GPU memory; None on CPU.
-        several: whether several processes train.
     """
     if isinstance(setting, int):
         return Recompute(setting)
@@ -55,7 +52,7 @@ def decide(setting: str | int, needed: Callable[[str], float], free: float | Non
         return Recompute(1, keep=setting)
     if free is None:
         return Recompute(0)
-    fitting = [keep for keep in FASTEST_FIRST if needed(keep) <= usable_bytes(free, several)]
+    fitting = [keep for keep in FASTEST_FIRST if needed(keep) <= usable_bytes(free)]
     chosen = fitting[0] if fitting else FASTEST_FIRST[-1]
     gib = 2**30
     what = f"by estimate {needed(chosen) / gib:.1f} GiB of {free / gib:.1f} GiB free"
@@ -65,13 +62,11 @@ def decide(setting: str | int, needed: Callable[[str], float], free: float | Non
     return Recompute(1, f"activation_checkpointing: {chosen} ({what}).", chosen)
 
 
-def recompute_for(
-    setting: str | int, run: RunSizes, bounds: Sequence[int], free: float | None, several: bool = False
-) -> Recompute:
+def recompute_for(setting: str | int, run: RunSizes, bounds: Sequence[int], free: float | None) -> Recompute:
     """:func:`decide` for a run of these sizes, cut at ``bounds``."""
     if setting == "auto" and run.four_bit and any(block.shape.experts for block in run.blocks):
         return Recompute(1, "activation_checkpointing: full, since experts in 4 bits would be kept unpacked otherwise.")
-    return decide(setting, lambda keep: heaviest(run, bounds, lambda _: keep), free, several)
+    return decide(setting, lambda keep: heaviest(run, bounds, lambda _: keep), free)
 
 
 def in_a_word(recompute: Recompute) -> str | int:

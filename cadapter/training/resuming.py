@@ -25,7 +25,7 @@ their files lie."""
 EXCUSED_BY = {
     "seed": {"seed"},
     "sequence_len": {"sequence_len"},
-    "sequences per step": {"micro_batch_size", "gradient_accumulation_steps", "pipeline_stages"},
+    "sequences per step": {"micro_batch_size", "gradient_accumulation_steps"},
     "training data": {
         "datasets", "sequence_len", "seed", "eval_fraction", "max_sequences", "drop_tails", "mix_datasets",
         "mask_tokens", "sequence_prefix", "document_prefix", "document_suffix", "document_attention", "overlength",

@@ -22,7 +22,7 @@ from cadapter.training.engine import check_deepspeed
 from cadapter.training.failures import joined_world
 from cadapter.training.recompute import in_a_word
 from cadapter.training.report import Reporter
-from cadapter.training.resuming import compare_settings, given_keys, settings_of
+from cadapter.training.resuming import compare_settings, difference, given_keys, settings_of
 from cadapter.training.room import check_room, naming_what_is_kept, room_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.signals import StopSignals
@@ -70,6 +70,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         _tell_changes(config, resume_from, given, world)
     plan = plan_run(config, world, resume_from)
     if world.is_main:
+        _tell_batch(plan, resume_from)
         neutral = int(plan.data.train.trained[2])
         missed = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
         for text in located(missed, source, options.overrides):
@@ -95,7 +96,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         )
 
     def start() -> None:
-        directory.start(fresh=resume_from is None)
+        directory.start(fresh=resume_from is None, keep_best=options.resume and not options.force)
         record_run(plan, directory, config_text, run_facts(plan))
 
     on_main(start, world)
@@ -125,7 +126,7 @@ def _reporter(run: Run) -> Reporter:
 
 
 def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> None:
-    """Until ``stack`` closes, use the fastest attention kernel; say that the first step compiles."""
+    """Until ``stack`` closes, use the fastest attention kernel; say what will be compiled."""
     config, model = plan.config, plan.model
     attention = f"attention: {model.attention}."
     if model.attention == "sdpa":
@@ -147,7 +148,7 @@ def prepare_for_speed(plan: Plan, world: World, stack: contextlib.ExitStack) -> 
         return
     note(attention)
     if compiles(config, model):
-        note("Compiling in the first step, once for all decoder blocks that are alike: up to some minutes.")
+        note("Compiling as training starts, once for all decoder blocks that are alike: up to some minutes.")
     else:
         note("compile: decoder blocks run as they are.")
 
@@ -160,6 +161,17 @@ def _tell_changes(config: Config, resume_from: Path, given: set[str], world: Wor
             note(f"Changed since the checkpoint: {line}.")
 
 
+def _tell_batch(plan: Plan, resume_from: Path | None) -> None:
+    """Say so if a resumed run takes other steps than before."""
+    now = plan.steps.sequences_per_step
+    before = now if resume_from is None else load_checkpoint(resume_from).facts.get("sequences per step")
+    if before != now:
+        note(
+            f"Changed since the checkpoint: {difference('sequences per step', before, now)}. "
+            f"{plan.steps.after_sequences:,} sequences are read; the next step goes on with those after them."
+        )
+
+
 def _checkpoint_to_resume(
     directory: RunDirectory, options: TrainOptions, config_text: str, world: World
 ) -> Path | None:
@@ -169,7 +181,7 @@ def _checkpoint_to_resume(
     def look() -> None:
         directory.claim()
         tidied = directory.tidy_up() if options.resume and not options.dry_run else []
-        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force)
+        checkpoint, remarks = directory.checkpoint_to_resume(options.resume, options.force, world.watch.moved)
         for remark in [*tidied, *remarks]:
             warn(remark)
         if checkpoint is None:

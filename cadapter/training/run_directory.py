@@ -10,7 +10,7 @@ from pathlib import Path
 from cadapter.errors import UsageError
 from cadapter.files import tidy
 from cadapter.training.error_file import ERROR_FILE
-from cadapter.training.state import newest_checkpoint
+from cadapter.training.state import Moved, newest_checkpoint
 
 RECORD = "resolved.json"
 """Every run writes it at its start: a directory without it holds no run."""
@@ -58,10 +58,13 @@ class RunDirectory:
         """Where the adapter after epoch ``number`` (from 1) is written."""
         return self.path / f"epoch{number}"
 
+    def _epochs(self) -> list[Path]:
+        return sorted(self.path.glob("epoch[0-9]*"))
+
     def parts(self) -> list[Path]:
         """What is there of a run."""
         known = [self.path / name for name in PARTS]
-        return [path for path in [*known, *self.path.glob("epoch[0-9]*")] if path.exists()]
+        return [path for path in [*known, *self._epochs()] if path.exists()]
 
     def tidy_up(self) -> list[str]:
         """Claim the directory and clean up what a killed run left there; return a remark for each.
@@ -101,8 +104,12 @@ class RunDirectory:
                 f"{RECORD}), and which this run would replace.\nChoose another output_dir."
             )
 
-    def checkpoint_to_resume(self, resume: bool, force: bool) -> tuple[Path | None, list[str]]:
+    def checkpoint_to_resume(
+        self, resume: bool, force: bool, moved: Moved = lambda: None
+    ) -> tuple[Path | None, list[str]]:
         """Return the newest valid checkpoint if this is a resume, with remarks about damaged ones.
+
+        ``moved`` is called while checkpoints are read.
 
         Raises:
             UsageError: the directory holds a run and neither ``resume`` nor ``force`` is given, or all of its
@@ -111,12 +118,9 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output_dir = {self.path} is a file.\nChoose another output_dir.")
         if resume:
-            checkpoint, remarks = newest_checkpoint(self.checkpoints)
-            if checkpoint is None and remarks and not force:
-                raise UsageError(
-                    "No checkpoint can be resumed from:\n" + "\n".join(f"  {remark}" for remark in remarks) + "\n"
-                    "Start the run again with --force, which replaces it."
-                )
+            checkpoint, remarks = newest_checkpoint(self.checkpoints, moved)
+            if checkpoint is None and not force:
+                self._refuse_to_lose(remarks)
             return checkpoint, remarks
         if self.holds_run and not force:
             raise UsageError(
@@ -125,8 +129,30 @@ class RunDirectory:
             )
         return None, []
 
-    def start(self, fresh: bool) -> None:
+    def _refuse_to_lose(self, remarks: list[str]) -> None:
+        """Make sure that a resume without a checkpoint, which starts afresh, replaces nothing that took long to make.
+
+        Raises:
+            UsageError: there are checkpoints, all of them damaged, or results of a run.
+        """
+        if remarks:
+            raise UsageError(
+                "No checkpoint can be resumed from:\n" + "\n".join(f"  {remark}" for remark in remarks) + "\n"
+                "Start the run again with --force, which replaces it."
+            )
+        results = [path.name for path in (self.final, *self._epochs()) if path.exists()]
+        if self.holds_run and results:
+            raise UsageError(
+                f"{self.path} has no checkpoint to resume from, and starting afresh would replace its "
+                f"{', '.join(results)}.\nGo on from one of them with init_from in another output_dir, or replace them "
+                "with --force."
+            )
+
+    def start(self, fresh: bool, keep_best: bool = False) -> None:
         """Make the directory; for a ``fresh`` run remove what an earlier one left there.
+
+        Args:
+            keep_best: leave best/, which the run's first evaluation replaces.
 
         Raises:
             UsageError: it cannot be written.
@@ -141,7 +167,8 @@ class RunDirectory:
             held_run = self.holds_run
             self.tidy_up()
             for part in self.parts() if held_run else []:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                if not (keep_best and part == self.best):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def adapter_of_run(path: Path) -> Path:

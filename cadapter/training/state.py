@@ -6,8 +6,8 @@
         state.json                                                   position in the run and what it depends on
         manifest.json                                                sizes and SHA-256 of all of these
 
-A directory without a manifest that fits is no checkpoint. The data's order is a function of the step, so that the
-position is a number.
+A directory without a manifest that fits is no checkpoint. The data's order is a function of the seed and the epoch, so
+that the position in it is a number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ OPTIMISER_STEM = "optimizer"
 OPTIMISER_TAG = "optimiser:"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+
+Moved = Callable[[], None]
+"""Called while work goes on that takes long, so that it does not look as if nothing moved."""
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -44,6 +47,7 @@ class Position:
 
     Attributes:
         step: optimiser steps done.
+        sequences: how many these have read, all of them for each whole epoch.
         tokens: non-padding tokens trained on.
         seconds: time spent in training.
         best_loss: lowest evaluation loss so far.
@@ -56,6 +60,7 @@ class Position:
     """
 
     step: int = 0
+    sequences: int = 0
     tokens: int = 0
     seconds: float = 0.0
     best_loss: float | None = None
@@ -144,11 +149,16 @@ def tagged(parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         yield {OPTIMISER_TAG + name: tensor for name, tensor in part.items()}
 
 
-def _digest(path: Path) -> str:
+def _nothing() -> None:
+    pass
+
+
+def _digest(path: Path, moved: Moved) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            moved()
     return digest.hexdigest()
 
 
@@ -160,6 +170,7 @@ def save_checkpoint(
     writer_into: Callable[[Path], PartWriter],
     keep: int,
     settings: dict[str, Any],
+    moved: Moved = _nothing,
 ) -> Path:
     """Write checkpoint ``step-NNNNNN`` under ``directory``, then remove all but the newest ``keep``.
 
@@ -173,10 +184,11 @@ def save_checkpoint(
         writer_into: makes the writer of what is trained.
         keep: how many checkpoints stay.
         settings: the run's config.
+        moved: called again and again while files are hashed and flushed, which takes long where they are large.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step-{position.step:06d}"
-    with new_directory(target, force=True) as temporary:
+    with new_directory(target, force=True, moved=moved) as temporary:
         writer, count = writer_into(temporary), 0
         for part in parts:
             if next(iter(part)).startswith(OPTIMISER_TAG):
@@ -189,7 +201,7 @@ def save_checkpoint(
         state = {"format": FORMAT, "position": asdict(position), "facts": facts, "settings": settings}
         write_json(temporary / STATE_FILE, state)
         files = sorted(path for path in temporary.iterdir() if path.is_file())
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path, moved)} for path in files}
         write_json(temporary / MANIFEST_FILE, manifest)
     found = _in_order(directory)
     kept = found[-keep:]
@@ -219,8 +231,8 @@ def _in_order(directory: Path) -> list[Path]:
     return [path for match, path in sorted(found, key=lambda pair: int(pair[0].group(1)))]
 
 
-def fault_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files by its manifest, or None."""
+def fault_of(checkpoint: Path, moved: Moved = _nothing) -> str | None:
+    """Return what is wrong with a checkpoint's files by its manifest, or None; ``moved`` is called while it reads."""
     try:
         manifest = read_json(checkpoint / MANIFEST_FILE)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -231,16 +243,19 @@ def fault_of(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if name not in there:
             return f"{name} is missing"
-        if path.stat().st_size != size or _digest(path) != digest:
+        if path.stat().st_size != size or _digest(path, moved) != digest:
             return f"{name} is damaged"
     return None if STATE_FILE in expected else "it is incomplete"
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose files fit its manifest, and a remark for each newer one passed over."""
+def newest_checkpoint(directory: Path, moved: Moved = _nothing) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files fit its manifest, and a remark for each newer one passed over.
+
+    ``moved`` is called while files are read.
+    """
     remarks: list[str] = []
     for path in reversed(_in_order(directory)):
-        fault = fault_of(path)
+        fault = fault_of(path, moved)
         if fault is None:
             return path, remarks
         remarks.append(f"{path} is passed over: {fault}.")
@@ -263,12 +278,12 @@ def load_checkpoint(path: Path) -> Saved:
         raise UsageError(f"{path} cannot be read as a checkpoint: {error!r}") from error
 
 
-def is_written_out(checkpoint: Path, directory: Path) -> bool:
-    """Whether ``directory`` holds, file by file, what was trained until ``checkpoint``."""
+def is_written_out(checkpoint: Path, directory: Path, moved: Moved = _nothing) -> bool:
+    """Whether ``directory`` holds, file by file, what was trained until ``checkpoint``; ``moved`` as above."""
     manifest = read_json(checkpoint / MANIFEST_FILE)
     own = [name for name in manifest if name == STATE_FILE or name.startswith(f"{OPTIMISER_STEM}-")]
     return all(
-        (directory / name).is_file() and _digest(directory / name) == entry["sha256"]
+        (directory / name).is_file() and _digest(directory / name, moved) == entry["sha256"]
         for name, entry in manifest.items()
         if name not in own
     )

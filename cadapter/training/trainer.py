@@ -20,7 +20,6 @@ from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches
 from cadapter.errors import CadapterError, Stopped
 from cadapter.files import new_directory
 from cadapter.models.device import memory_in_words, peak_memory
-from cadapter.models.layers import DecoderLayer
 from cadapter.terminal import note, warn
 from cadapter.training.batches import evaluation_micro_batches, training_micro_batches
 from cadapter.training.distributed import GradientGroups, World, barrier, stream_to_main, sum_over_world
@@ -30,7 +29,7 @@ from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
-from cadapter.training.recompute import slower
+from cadapter.training.rehearsal import Rehearsal
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import settings_of
 from cadapter.training.run_directory import RunDirectory
@@ -56,6 +55,7 @@ class Run:
     gradients: Gradients
     groups: GradientGroups
     optimiser: Optimiser
+    rehearsal: Rehearsal
     plan: BatchPlan
     batches: StepBatches
     evaluation: EvaluationBatches | None
@@ -105,17 +105,19 @@ class Trainer:
 
     def train(self) -> None:
         """Take all remaining steps; afterwards ``final/`` is there."""
+        if self._goes_on and self.run.rehearsal.is_needed:
+            self._rehearse()
         self._evaluate_if_due()
-        while self.position.step < self.run.plan.total_steps and not self.position.is_enough(self._patience):
+        while self._goes_on:
             stop, save = self._step()
             if self.position.skipped > self.run.config.max_skipped_steps:
                 self._flush()
                 raise self._too_many_skipped()
-            epoch_done = self.position.step % self.run.plan.steps_per_epoch == 0
+            step, plan = self.position.step, self.run.plan
             self._evaluate_if_due()
-            if epoch_done:
-                self._save_adapter(self.run.directory.epoch(self.position.step // self.run.plan.steps_per_epoch))
-            if save or stop:
+            if plan.ends_epoch(step):
+                self._save_adapter(self.run.directory.epoch(plan.epoch_of(step)))
+            if save or stop or plan.ends_epoch(step):
                 self._save_checkpoint()
             if stop and self.position.step < self.run.plan.total_steps:
                 self._flush()
@@ -123,6 +125,11 @@ class Trainer:
         self._flush()
         self._save_checkpoint()
         self._save_adapter(self.run.directory.final)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether another step is to be taken."""
+        return self.position.step < self.run.plan.total_steps and not self.position.is_enough(self._patience)
 
     @property
     def _patience(self) -> int | None:
@@ -181,10 +188,18 @@ class Trainer:
         numbers = torch.cat([run.loss.take_sums(), memory, report.flatten() * (run.layout.replica == 0)])
         tokens = run.batches.totals(step).tokens
         self.position.tokens += tokens
+        self.position.sequences = run.plan.read_by(step)
         seconds = time.monotonic() - started
         self.position.seconds += seconds
         self._pending = self._send(numbers, report.shape, lr, norm, seconds, tokens)
         return stop, save
+
+    def _rehearse(self) -> None:
+        """See to it that the next step fits every GPU, while all processes can still choose otherwise."""
+        step = self.position.step + 1
+        self._enter("rehearsal of a step")
+        self._prefetched = step, self._micro_batches(step)
+        self.run.rehearsal.run(self._micro_batches(step)[0])
 
     def _forward_and_backward(self, step: int) -> None:
         """Run the step's micro-batches; where memory runs out and the choice is ours, again with less kept."""
@@ -193,19 +208,11 @@ class Trainer:
             try:
                 return run.pipeline.train(self._micro_batches(step))
             except torch.OutOfMemoryError:
-                layers = [layer for layer in run.pipeline.layers() if isinstance(layer, DecoderLayer)]
-                keep = slower(layers[0].keep) if layers else None
                 # Other processes would wait for this one.
-                if keep is None or run.config.activation_checkpointing != "auto" or run.world.size > 1:
+                if run.rehearsal.slower is None or run.world.size > 1:
                     raise
             # Here, since the error holds on to the tensors of where it arose.
-            for layer in layers:
-                layer.keep = keep
-            run.pipeline.forget()
-            run.gradients.clear()
-            run.loss.take_sums()
-            if run.world.device.type == "cuda":
-                torch.cuda.empty_cache()
+            keep = run.rehearsal.keep_less()
             warn(f"step {step}: GPU memory ran out; going on with activation_checkpointing = {keep!r}.")
 
     def _micro_batches(self, step: int) -> list[PipelineBatch]:
@@ -368,7 +375,7 @@ class Trainer:
         self._enter(f"writing {target.name}")
 
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
-            with new_directory(target, force=True) as temporary:
+            with new_directory(target, force=True, moved=run.world.watch.moved) as temporary:
                 writer = run.mode.writer(temporary)
                 for part in parts:
                     writer.add(part)
@@ -388,7 +395,10 @@ class Trainer:
         def write(parts: Iterator[dict[str, Tensor]]) -> None:
             kept = run.config.max_checkpoints
             settings = settings_of(run.config)
-            save_checkpoint(run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept, settings)
+            save_checkpoint(
+                run.directory.checkpoints, self.position, run.facts, parts, run.mode.writer, kept, settings,
+                run.world.watch.moved,
+            )  # fmt: skip
 
         parts = chain(run.mode.parts(run.pipeline.layers()), moments)
         stream_to_main(parts, run.layout.stage_leaders(), run.world, write)

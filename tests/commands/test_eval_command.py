@@ -265,11 +265,12 @@ def test_the_adapter_that_a_run_offers(tmp_path: Path) -> None:
         (["--adapter", "{adapter}", "--html", "{root}/positive.jsonl/x.html"], ("positive.jsonl is a file",)),
         (["--adapter", "{adapter}", "--strength", "1:2"], ("--strength 1:2", "FROM:TO:STEP")),
         (["--adapter", "{adapter}", "--kl-budget", "0"], ("--kl-budget 0", "above 0")),
+        (["--adapter", "{adapter}", "--sample-temperature", "nan"], ("--sample-temperature nan", "give 0 (the most")),
         (["--adapter", "{adapter}", "--neutral", "{root}/none.jsonl"], ("none.jsonl",)),
         (["--adapter", "{adapter}", "--set", "eval_fraction=0"], ("eval_fraction", "--data")),
     ],
     ids=["another-hidden-size", "no-adapter", "missing-adapter", "no-run", "no-class", "missing-texts", "no-file",
-         "no-folder", "no-range", "no-budget", "no-neutral-texts", "nothing-held-out"],
+         "no-folder", "no-range", "no-budget", "no-temperature", "no-neutral-texts", "nothing-held-out"],
 )  # fmt: skip
 def test_mistakes(
     command_project: Project, config: Path, adapter: Path, tmp_path: Path, options: list[str], words: tuple[str, ...]

@@ -70,6 +70,29 @@ def test_a_plan_is_a_function_of_its_numbers() -> None:
         epoch_order(100, 1, 1)[0] = 5
 
 
+@pytest.mark.parametrize("before", [1, 3, 8])
+@pytest.mark.parametrize("after", [1, 3, 8, 50])
+def test_a_run_that_goes_on_with_other_steps_reads_every_sequence_once_an_epoch(before: int, after: int) -> None:
+    count, epochs = 19, 3
+    first = BatchPlan(count, before, epochs, seed=5)
+    for done in range(first.total_steps + 1):
+        then = BatchPlan(count, after, epochs, seed=5, after_step=done, after_sequences=first.read_by(done))
+        steps = [*(first.indices(step) for step in range(1, done + 1))]
+        steps += [then.indices(step) for step in range(done + 1, then.total_steps + 1)]
+        taken = np.concatenate(steps)
+        taken = taken[taken != FILLER]
+        straight = [first.indices(step) for step in range(1, first.total_steps + 1)]
+        straight = np.concatenate(straight)
+        assert taken.tolist() == straight[straight != FILLER].tolist()
+        ends = [step for step in range(done + 1, then.total_steps + 1) if then.ends_epoch(step)]
+        assert [then.epoch_of(step) for step in ends] == list(range(epochs - len(ends) + 1, epochs + 1))
+        assert then.read_by(then.total_steps) == epochs * count
+        if done:
+            assert then.epoch_of(done) == first.epoch_of(done)
+        if before == after:
+            assert then.total_steps == first.total_steps
+
+
 def test_the_order_never_changes() -> None:
     """A resumed run must find the order it began with, whatever the versions of Python and numpy."""
     assert epoch_order(10, 42, 1).tolist() == [4, 6, 7, 3, 0, 8, 5, 1, 9, 2]
@@ -79,7 +102,7 @@ def test_max_steps_and_bounds() -> None:
     plan = BatchPlan(10, 4, epochs=5, max_steps=7)
     assert (plan.steps_per_epoch, plan.total_steps, plan.epoch_of(7)) == (3, 7, 3)
     for step in (0, 8):
-        with pytest.raises(IndexError, match=f"step {step} is not among the 7 steps"):
+        with pytest.raises(IndexError, match=f"step {step} is not among the steps 1 to 7"):
             plan.indices(step)
     for wrong in ({"count": 0}, {"epochs": 0}, {"max_steps": 0}, {"sequences_per_step": 0}):
         with pytest.raises(ValueError, match="positive"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cadapter.errors import UsageError
 from cadapter.training import optimiser as module
 from cadapter.training.gradients import Gradients
-from cadapter.training.optimiser import Optimiser
+from cadapter.training.optimiser import STEPS, Optimiser
 
 BETAS, EPS, LR = (0.9, 0.99), 1e-6, 3e-3
 SHAPES = {"layers.0.control_A": (4, 30), "layers.0.control_B": (30, 4)}
@@ -349,3 +349,19 @@ def test_only_what_is_asked_for_is_given_out_and_read(monkeypatch):
     other = in_groups(WHOLE, monkeypatch, values)
     other.load_state(lambda names: asked.extend(names) or reader(merged)(names))
     assert {name.rpartition(".")[0] for name in asked} == wanted | {""}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_that_a_first_step_adds_are_known_before(dtype: torch.dtype) -> None:
+    """With bfloat16 weights there is Kahan's compensation, too."""
+    optimiser = Optimiser({name: nn.Parameter(p.to(dtype)) for name, p in parameters().items()}, BETAS, EPS)
+    expected = optimiser.missing_bytes()
+    for parameter in optimiser.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step(LR, 1.0, gradients_of(optimiser))
+    state = whole_state(optimiser)
+    assert sum(tensor.nbytes for name, tensor in state.items() if name != STEPS) == expected > 0
+    assert optimiser.missing_bytes() == 0
+    resumed = Optimiser({name: nn.Parameter(p.to(dtype)) for name, p in parameters().items()}, BETAS, EPS)
+    resumed.load_state(reader(state))
+    assert resumed.missing_bytes() == 0

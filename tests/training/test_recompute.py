@@ -91,13 +91,6 @@ def test_auto_on_cpu_keeps_everything() -> None:
     assert recompute_for("auto", LLAMA_8B, ONE_STAGE, None).block(0) == "none"
 
 
-def test_several_processes_choose_with_more_of_a_margin() -> None:
-    """They cannot choose again in the first step."""
-    free = int(23.5 * GIB)
-    assert recompute_for("auto", LLAMA_8B, ONE_STAGE, free).keep == "selective"
-    assert recompute_for("auto", LLAMA_8B, ONE_STAGE, free, several=True).keep == "full"
-
-
 def test_a_first_stage_keeps_the_micro_batches_of_all_stages() -> None:
     """Two stages hold half the blocks each, but the first keeps two micro-batches; only block 0 keeps little."""
     half = [stage_memory(LLAMA_8B, [0, 17, 34], stage, lambda _: "none").activations for stage in (0, 1)]

@@ -238,6 +238,44 @@ def test_a_change_that_set_names_is_said_and_made(own_project: Project, straight
 
 
 @pytest.mark.processes
+def test_with_other_steps_each_sequence_is_still_read_once(own_project: Project) -> None:
+    """Also when it is the layout that makes other steps: fewer stages are more replicas."""
+    keys = {**KEYS, "max_steps": 4, "gradient_accumulation_steps": 4, "pipeline_stages": 2, "eval_fraction": 0.0}
+    config, directory = own_project.write_config("batches", **keys), own_project.root / "batches"
+    run_well("train", config, "--num-gpus", 2)
+    longer = ("--resume-from-checkpoint", "--set", "max_steps=1000")
+    refused = run("train", config, "--num-gpus", 2, *longer, "--set", "pipeline_stages=1")
+    assert refused.returncode == 2
+    assert "sequences per step: 4 in the checkpoint, 8 now" in refused.stderr
+    changed = ("--set", "pipeline_stages=1", "--set", "gradient_accumulation_steps=1")
+    done = run_well("train", config, "--num-gpus", 2, *longer, *changed)
+    assert (
+        "Changed since the checkpoint: sequences per step: 4 in the checkpoint, 2 now. 16 sequences are" in done.stdout
+    )
+    straight = own_project.write_config("straight", **{**keys, "max_steps": None, "pipeline_stages": 1})
+    run_well("train", straight)
+    one, other = (metrics(path)[-1] for path in (directory, own_project.root / "straight"))
+    assert one["tokens"] == other["tokens"]
+    assert one["step"] == 4 + (other["step"] - 4) * 2 - 1  # the last of the longer steps was half empty, or less
+    assert (directory / "epoch1").is_dir()
+
+
+@pytest.mark.processes
+def test_results_without_a_checkpoint_are_not_started_over(own_project: Project) -> None:
+    config, directory = own_project.write_config("kept", **{**KEYS, "max_steps": 2}), own_project.root / "kept"
+    run_well("train", config)
+    shutil.rmtree(directory / "checkpoints")
+    before = listing(directory)
+    done = run("train", config, "--resume-from-checkpoint")
+    assert done.returncode == 2
+    assert "has no checkpoint to resume from, and starting afresh would replace its final" in done.stderr
+    assert listing(directory) == before
+    shutil.rmtree(directory / "final")  # killed before its first checkpoint, with a best/ already
+    done = run_well("train", config, "--resume-from-checkpoint")
+    assert "No checkpoint to resume from: starting afresh." in done.stdout
+
+
+@pytest.mark.processes
 def test_changed_data_are_not_resumed_and_more_epochs_are(own_project: Project) -> None:
     keys = {**KEYS, "max_steps": None, "micro_batch_size": 8, "evals_per_run": 1}
     config = own_project.write_config("longer", **keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,19 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(own_project
     state = json.loads((directory / "checkpoints" / "step-000003" / "state.json").read_text())
     assert state["position"]["skipped"] == 2
     assert all(tensor.isfinite().all() for tensor in load_file(directory / "final/adapter_model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"kinds": ("positive",), "class_weights": {"positive": 0.0}}, "of class +1) all have the weight 0"),
+        ({"kinds": ("neutral",), "control_class0_lambda": 0.0}, "of class 0) all have the weight 0"),
+    ],
+)
+def test_a_run_in_which_nothing_has_a_weight_is_refused(project: Project, keys: dict[str, Any], said: str) -> None:
+    config = project.write_config("weightless", **keys)
+    done = run("train", config)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Nothing would be trained" in done.stderr
+    assert said in done.stderr
+    assert not (project.root / "weightless").exists()

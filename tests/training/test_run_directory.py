@@ -55,6 +55,25 @@ def test_a_directory_that_is_not_there_is_nobodys(tmp_path: Path) -> None:
     assert not (tmp_path / "missing").exists()
 
 
+def test_best_stays_until_the_run_that_starts_over_has_a_better_one(tmp_path: Path) -> None:
+    fill(tmp_path, "resolved.json", "metrics.jsonl", "best/adapter_model.safetensors")
+    directory = RunDirectory(tmp_path)
+    assert directory.checkpoint_to_resume(resume=True, force=False) == (None, [])
+    directory.start(fresh=True, keep_best=True)
+    assert [path.name for path in directory.parts()] == ["best"]
+    directory.start(fresh=True)
+    directory.close()
+
+
+@pytest.mark.parametrize("result", ["final", "epoch1"])
+def test_a_resume_without_checkpoint_replaces_no_result(tmp_path: Path, result: str) -> None:
+    fill(tmp_path, "resolved.json", f"{result}/adapter_model.safetensors")
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(UsageError, match=f"starting afresh would replace its {result}"):
+        directory.checkpoint_to_resume(resume=True, force=False)
+    assert directory.checkpoint_to_resume(resume=True, force=True) == (None, [])
+
+
 def fill(directory: Path, *names: str) -> None:
     for name in names:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)

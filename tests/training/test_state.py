@@ -77,6 +77,17 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert (path / ADAPTER).read_bytes() == 2 * adapter_part(7)["control_A"].numpy().tobytes()
 
 
+def test_hashing_and_flushing_show_that_they_move_on(tmp_path: Path) -> None:
+    """Where weights take many minutes to hash, nothing else would show it."""
+    moves: list[int] = []
+    large = [{"control_A": torch.zeros(3 << 18)}]  # 3 MiB
+    path = save_checkpoint(tmp_path, Position(step=7), FACTS, large, ByteWriter, 1, SETTINGS, lambda: moves.append(1))
+    assert len(moves) >= 3 + 2 + 2  # its megabytes and those of state.json, twice as many files flushed
+    moves.clear()
+    assert newest_checkpoint(tmp_path, lambda: moves.append(1)) == (path, [])
+    assert len(moves) >= 3
+
+
 def test_moments_are_found_by_name_in_whichever_file_they_are(tmp_path: Path) -> None:
     saved = load_checkpoint(save(tmp_path, 7))
     names = [f"layers.{layer}.control_A.exp_avg" for layer in (1, 0, 2)]
