@@ -11,7 +11,7 @@ from cadapter.config.schema import Config
 
 _CONTROL = (
     "control_class0_lambda", "control_inverse", "control_neumann_order", "control_form", "control_gamma",
-    "control_site",
+    "control_site", "class_weights",
 )  # fmt: skip
 _ADAPTERS = ("lora_rank", "lora_alpha", "lora_weight_dtype")
 _EVALUATIONS = ("evals_per_run", "eval_gradient_accumulation_steps", "early_stopping_patience", "sample_prompts")
@@ -23,11 +23,6 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         _CONTROL,
         lambda config: not config.use_control_adapters,
         "has no effect without Control Adapters; remove it, or set use_control_adapters = true",
-    ),
-    (
-        ("class_weights",),
-        lambda config: not config.use_control_adapters,
-        "has no effect without Control Adapters, which alone know classes; remove it, or set use_control_adapters",
     ),
     (
         ("class_weights.negative",),

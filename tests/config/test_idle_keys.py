@@ -40,11 +40,8 @@ def idle(directory: Path, lines: str, mode: str = CONTROL, more: str = "", *over
             (line, mode, "without Control Adapters; remove it, or set use_control_adapters = true")
             for mode in (LORA, FULL)
             for line in ('control_site = "mlp"', 'control_form = "general"', "control_class0_lambda = 1.0",
-                         'control_inverse = "exact"', "control_gamma = 0.5", "control_neumann_order = 2")
-        ),
-        *(
-            ("class_weights = { negative = 0.5 }", mode, "without Control Adapters, which alone know classes")
-            for mode in (LORA, FULL)
+                         'control_inverse = "exact"', "control_gamma = 0.5", "control_neumann_order = 2",
+                         "class_weights = { negative = 0.5 }")
         ),
         *(
             (line, CONTROL, "on a single stage; remove it, or set pipeline_stages above 1")
