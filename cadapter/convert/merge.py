@@ -12,13 +12,12 @@ from torch import Tensor
 
 from cadapter.convert.operators import work_dtype
 from cadapter.convert.plan import Plan
-from cadapter.convert.shards import TORCH_DTYPES, Entry, rewrite_shard
+from cadapter.convert.shards import Entry, rewrite_shard
 from cadapter.errors import CadapterError, UsageError
 from cadapter.files import new_directory, read_json, write_json, write_text
 from cadapter.models.checkpoint import INDEX_NAME, Checkpoint
+from cadapter.models.safetensors_format import DTYPES, NAMES
 from cadapter.models.saving import copy_companions
-
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass
@@ -63,7 +62,7 @@ class _Merger:
         new = old.to(work_dtype(old), copy=True)
         for change in self.plan.get(entry.name, []):
             change.apply_(new)
-        stored = new.to(TORCH_DTYPES[self.dtype or entry.dtype], copy=True)  # new is used up below
+        stored = new.to(DTYPES[self.dtype or entry.dtype], copy=True)  # new is used up below
         if not _fits(new, stored.dtype):
             raise UsageError(
                 f"{self.base.directory}: {entry.name} would hold NaN or infinite values in {stored.dtype}.\n"
@@ -121,7 +120,7 @@ def merge_model(
     """
     if getattr(base.config, "quantization_config", None) is not None:
         raise UsageError(f"{base.directory} is a quantised model.\nMerge into the model's unquantised weights.")
-    short = None if dtype is None else next(key for key, name in _DTYPE_NAMES.items() if name == dtype)
+    short = None if dtype is None else NAMES[getattr(torch, dtype)]
     merger = _Merger(base, plan, torch.device(device), short, advance)
     begun = time.monotonic()
     with new_directory(output, force) as directory:

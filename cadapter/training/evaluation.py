@@ -117,7 +117,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     world.watch.lay_out(layout.stage, layout.stages)
     world.watch.enter("loading the model")
     loss = ComparisonLoss()
-    builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0))
+    builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0), stages=layout.stages)
     bounds = stage_bounds("estimated_size", layout.stages, subject.model.layer_bytes(), subject.mode.trainable())
     pipeline = Pipeline(builder.builders(), bounds, layout, loss, rows, 1, world.watch.moved)
     subject.install(pipeline.layers())

@@ -27,7 +27,7 @@ from cadapter.config import Config, DatasetConfig
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, prepare_data
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import family_of
+from cadapter.models.families import FAMILIES
 from cadapter.training.run_directory import adapter_of_run
 from tests.forked_commands import call, run_all, run_all_well
 from tests.steered_models import make_model as make_family
@@ -53,7 +53,7 @@ def write_adapter(directory: Path, model: Path, hidden: int = HIDDEN, layers: tu
         site="block",
         base_model_type="llama",
         base_model_name_or_path=str(model),
-        facts=describe_layers(Checkpoint(model), family_of("llama"), layers) if hidden == HIDDEN else {},
+        facts=describe_layers(Checkpoint(model), FAMILIES["llama"], layers) if hidden == HIDDEN else {},
     )
     directory.mkdir(parents=True)
     write_control_adapter(directory, adapter, control_card(adapter))
