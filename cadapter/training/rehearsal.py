@@ -26,7 +26,7 @@ from cadapter.training.recompute import slower
 SPARE_BYTES = 256 * 2**20
 """What must be left beside a rehearsed step. It is an allowance: later steps find memory in other pieces than the
 first, and NCCL may take more when it chooses another algorithm than for the messages sent here. Between two H100s 132
-MiB more were taken outside of PyTorch at the end of a run than after its rehearsal (tests/benchmarks/gpu_layouts.py)."""
+MiB more were taken outside of PyTorch at the end of a run than after its rehearsal (benchmarks/gpu_layouts.py)."""
 
 
 def can_run_out(device: torch.device) -> bool:
