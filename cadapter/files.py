@@ -154,6 +154,11 @@ def _remove(old: Path) -> None:
         old.unlink(missing_ok=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` has the name of something that a process is writing, or was when it was killed."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def tidy(directory: Path) -> list[str]:
     """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`new_file`.
 
