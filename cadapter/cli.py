@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cadapter import __version__, terminal
-from cadapter.errors import CadapterError, Stopped
+from cadapter.errors import CadapterError, CannotWrite, Stopped
 
 COMMANDS = (
     "prepare",
@@ -232,24 +232,33 @@ def _as_spelt_here(arguments: Sequence[str]) -> list[str]:
 def main() -> NoReturn:
     """Run the program with the arguments of the process, and end the process."""
     sys.argv[1:] = _as_spelt_here(sys.argv[1:])
-    terminal.spell_what_streams_lack()
+    terminal.own_streams()
+    code: str | int | None = 0
     try:
         app(prog_name="cadapter")
     except SystemExit as end:
-        _flush()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
-            _end_at_once(end.code)
-        raise
-    sys.exit(0)
+        code = end.code
+    except CannotWrite as error:  # the help, for instance, which Typer prints
+        terminal.error(str(error))
+        code = error.exit_code
+    code = _flushed() or code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+        _end_at_once(code)
+    sys.exit(code)
 
 
-def _flush() -> None:
-    """Write out what is left; where whoever read it has gone, nowhere: Python would complain of it at its end."""
+def _flushed() -> int:
+    """Write out what is left, and return the exit code that this alone would have."""
+    code = 0
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except BrokenPipeError:  # whoever read it has gone, which is no fault
+            pass
+        except CannotWrite as error:
+            code = error.exit_code
+            terminal.error(str(error))
+    return code
 
 
 def _end_at_once(code: str | int | None) -> NoReturn:

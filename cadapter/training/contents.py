@@ -1,4 +1,4 @@
-"""What cadapter writes into directories of weights, checkpoints and logs; whatever else lies there is somebody's own."""
+"""What cadapter writes into directories of weights, checkpoints and logs; what else lies there is somebody's own."""
 
 from __future__ import annotations
 

@@ -93,8 +93,16 @@ def test_a_directory_with_a_config_alone_holds_no_run(tmp_path: Path, force: boo
 
 @pytest.mark.parametrize(
     "name",
-    ["config.toml", "final/model.pt", "checkpoints/last.ckpt", "checkpoints/step-5/model.pt", "logs/mine.txt", "best/x",
-     "metrics.jsonl", "epoch1/x"],
+    [
+        "config.toml",
+        "final/model.pt",
+        "checkpoints/last.ckpt",
+        "checkpoints/step-5/model.pt",
+        "logs/mine.txt",
+        "best/x",
+        "metrics.jsonl",
+        "epoch1/x",
+    ],
 )
 def test_what_no_run_wrote_is_not_replaced(tmp_path: Path, name: str) -> None:
     fill(tmp_path, name)
