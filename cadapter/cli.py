@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 from cadapter import __version__, terminal
 from cadapter.errors import CadapterError, CannotWrite, Stopped
+from cadapter.files import at_home
 
 COMMANDS = (
     "prepare",
@@ -183,7 +185,10 @@ def _show_traceback() -> None:
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with ``--quiet`` and ``--debug`` after its own options, and with its errors as exit codes."""
+    """``command`` with ``--quiet`` and ``--debug`` after its own options, and with its errors as exit codes.
+
+    In paths, ~ is the user's home directory, also where no shell has seen to it.
+    """
 
     @functools.wraps(command)
     def run(*arguments: Any, quiet: bool, debug: bool, **options: Any) -> None:
@@ -192,7 +197,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         if quiet:
             terminal.set_quiet(True)
         with _errors_as_exit_codes():
-            command(*arguments, **options)
+            command(*arguments, **{name: _at_home(value) for name, value in options.items()})
 
     signature = inspect.signature(command, eval_str=True)
     shared = [
@@ -203,6 +208,10 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _at_home(value: Any) -> Any:
+    return at_home(value) if isinstance(value, Path) else value
 
 
 def register(name: str, command: Callable[..., None], examples: Sequence[str]) -> None:

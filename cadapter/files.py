@@ -54,6 +54,11 @@ def writing(target: Path) -> Iterator[None]:
         raise CannotWrite(f"{target} cannot be written: {os.strerror(number)}.") from error
 
 
+def at_home(path: Path) -> Path:
+    """Return ``path`` with the user's home directory for ~."""
+    return Path(os.path.expanduser(path))
+
+
 def _already_there(output: Path) -> UsageError:
     return UsageError(f"{output} already exists.\nChoose another output, or give --force to replace it.")
 

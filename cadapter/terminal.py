@@ -104,7 +104,7 @@ class _Output(io.FileIO):
     goes_on = False
     _told = False
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         """Write ``data``.
 
         Raises:
@@ -152,7 +152,7 @@ def own_streams() -> None:
             continue
         file = _Output(stream.fileno(), "wb", closefd=False)
         new = io.TextIOWrapper(
-            file if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(file),  # type: ignore[arg-type]
+            file if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(file),
             encoding=stream.encoding,
             errors=_ENCODING_ERRORS,
             line_buffering=stream.line_buffering,

@@ -54,7 +54,7 @@ def command(
         int | None, typer.Option(help="Number of machines.", show_default=False, rich_help_panel=_NODES)
     ] = None,
     hostfile: Annotated[
-        str | None,
+        Path | None,
         typer.Option(
             help="File of lines 'HOST slots=N', one for each machine; they are reached through ssh.",
             show_default=False,

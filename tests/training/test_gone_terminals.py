@@ -1,5 +1,6 @@
-"""Whoever watches a run goes away: the terminal is closed, or what reads the output ends. And when a run is told to stop
-before there is anything to save, within whoever's code.
+"""Whoever watches a run goes away: the terminal is closed, or what reads the output ends.
+
+And a run is told to stop before there is anything to save, within whoever's code.
 """
 
 from __future__ import annotations
@@ -121,9 +122,7 @@ def test_a_run_goes_on_when_the_disk_of_its_output_is_full(project: Project, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_stop_within_the_code_of_others_is_no_fault_of_that_code(
-    project: Project, tmp_path: Path, number: int
-) -> None:
+def test_a_stop_within_the_code_of_others_is_no_fault_of_it(project: Project, tmp_path: Path, number: int) -> None:
     """Here that of the model, whose errors are told as its own."""
     model = make_model(tmp_path / "model")
     settings = (model / "config.json").read_text()

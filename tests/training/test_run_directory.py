@@ -138,8 +138,9 @@ def test_what_was_put_into_a_run_is_not_removed_with_it(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
-    "names", [("config.json", "model.safetensors"), ("adapter_config.json", "adapter_model.safetensors", "resolved.json")]
-)  # fmt: skip
+    "names",
+    [("config.json", "model.safetensors"), ("adapter_config.json", "adapter_model.safetensors", "resolved.json")],
+)
 def test_a_run_is_not_mixed_into_a_model_or_an_adapter(tmp_path: Path, names: tuple[str, ...]) -> None:
     fill(tmp_path, *names)
     with pytest.raises(UsageError, match="is itself the directory of a model or an adapter"):
