@@ -16,10 +16,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cadapter.errors import CannotWrite, UsageError
 from cadapter.terminal import note
@@ -269,9 +270,13 @@ def check_report(output: Path | None) -> None:
     """
     if output is None or output == STANDARD_OUTPUT:
         return
-    target = Path(os.path.abspath(output))
-    if target.is_dir():
+    target = Path(os.path.realpath(output))
+    if output.is_dir():
         raise UsageError(f"{output} is a directory.\nGive the name of a file.")
+    if _is_written_through(output):
+        if not os.access(output, os.W_OK):
+            raise UsageError(f"{output} cannot be written: {os.strerror(errno.EACCES)}.")
+        return
     folder = next(parent for parent in target.parents if parent.exists())
     if not folder.is_dir():
         raise UsageError(f"{output} cannot be written: {folder} is a file.")
@@ -279,9 +284,38 @@ def check_report(output: Path | None) -> None:
         raise UsageError(f"{output} cannot be written: {os.strerror(errno.EACCES)} in {folder}.")
 
 
+def _is_written_through(output: Path) -> bool:
+    """Whether ``output`` is, or is a link to, a device, a pipe or what this process prints to: nothing to replace."""
+    return output.exists() and (not output.is_file() or _stream_of(output) is not None)
+
+
+def _stream_of(output: Path) -> TextIO | None:
+    """Standard output or standard error, if that is what ``output`` stands for."""
+    there = output.stat()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+            if os.path.samestat(there, os.fstat(stream.fileno())):
+                return stream
+    return None
+
+
 def write_report(output: Path, content: str | bytes) -> None:
-    """Write a report to ``output``, whole or not at all, and say so; its folder is made, an older file replaced."""
-    write_bytes(output, content.encode("utf-8") if isinstance(content, str) else content)
+    """Write a report to ``output`` and say so.
+
+    A file is written whole or not at all, also that which a link leads to; its folder is made, an older one replaced.
+    A pipe or a device is written to; where it is what this process prints to, nothing else is said there.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if not _is_written_through(output):
+        write_bytes(Path(os.path.realpath(output)), data)
+    elif stream := _stream_of(output):
+        stream.flush()
+        stream.buffer.write(data)
+        stream.flush()
+        return
+    else:
+        with writing(output):
+            output.write_bytes(data)
     note(f"Written: {output}")
 
 
