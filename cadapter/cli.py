@@ -48,6 +48,7 @@ EXIT_CODES = {
     0: "done",
     1: "the work failed, or a check that was asked for did not hold",
     2: "wrong usage, a wrong config, or an input that cannot be used; nothing was written",
+    129: "the terminal was closed, after saving",
     130: "interrupted",
     143: "terminated, after saving",
 }

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -83,13 +84,22 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def _usual_mode(directory: Path) -> int:
+    """The permissions of files that are made in ``directory``, as the umask says, or the directory's own defaults."""
+    trial = _sibling(directory / "mode", "partial")
+    trial.touch()
+    mode = stat.S_IMODE(trial.stat().st_mode)
+    trial.unlink()
+    return mode
+
+
 @contextlib.contextmanager
 def new_directory(output: Path, force: bool = False, moved: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``output`` that becomes ``output`` when the block succeeds.
 
     When the block raises, the sibling is removed and ``output`` is as it was. With ``force`` an existing
-    directory is replaced only after the new one is complete. ``moved`` is called after each file that has reached the
-    disk.
+    directory is replaced only after the new one is complete. All files get the permissions that the umask leaves:
+    safetensors gives its own to their owner alone. ``moved`` is called after each file that has reached the disk.
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or its parent cannot be written.
@@ -105,8 +115,11 @@ def new_directory(output: Path, force: bool = False, moved: Callable[[], None] =
     try:
         with writing(output):
             yield temporary
+            mode = _usual_mode(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    if stat.S_IMODE(file.stat().st_mode) != mode:
+                        file.chmod(mode)
                     flush_to_disk(file)
                     moved()
             if force:
@@ -165,11 +178,12 @@ def is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def tidy(directory: Path) -> list[str]:
+def tidy(directory: Path, concerns: Callable[[Path], bool] = lambda _: True) -> list[str]:
     """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`new_file`.
 
     What was half written is removed. Where the old version had been moved away and the new one was not there yet, the
-    old one takes its place again. Nobody else may be writing in the directory.
+    old one takes its place again. Nobody else may be writing in the directory, or else ``concerns`` says for each path
+    whether it is left over.
 
     Returns:
         What was done, a line for each.
@@ -177,7 +191,7 @@ def tidy(directory: Path) -> list[str]:
     done = []
     for path in sorted(directory.glob(".*")):
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
+        if match is None or not concerns(path):
             continue
         target = directory / match["name"]
         if match["purpose"] == "replaced" and not target.exists():

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cadapter.errors import UsageError
 from cadapter.files import (
@@ -69,6 +71,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with new_file(tmp_path / "sub" / "out", force=True) as file:
         file.write_text("new")
     assert (tmp_path / "sub" / "out").read_text() == "new"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_permissions_are_those_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with new_directory(tmp_path / "out") as made:
+            save_file({"x": torch.zeros(2)}, made / "a.safetensors")
+            (made / "b.json").write_text("{}")
+        (tmp_path / "usual").touch()
+    finally:
+        os.umask(before)
+    assert names(tmp_path / "out") == ["a.safetensors", "b.json"]
+    for file in (*(tmp_path / "out").iterdir(), tmp_path / "usual"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 KILLED = """

@@ -133,6 +133,7 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
     """
     tokenizer = load_tokenizer(config)
     store, files, streams = _sources(config)
+    store.tidy_up()
     bad = BadRecords(skip_bad or 0)
 
     entries, reports, keys, done = [], [], [], set()

@@ -111,9 +111,9 @@ class RunDirectory:
                 f"output_dir = {self.path} is itself the directory of a model or an adapter, into which a run's files "
                 "would be mixed.\nChoose another output_dir."
             )
-        foreign, why = self.foreign(), "no run of cadapter wrote"
+        foreign, hint = self.foreign(), ""
         if not self.holds_run:
-            why += f" (there is no {RECORD})"
+            hint = f" (there is no {RECORD})"
             config = self.path / "config.toml"
             mine = {self.logs, self.checkpoints, self.path / ERROR_FILE}
             if config.is_file() and config.read_bytes() == config_text.encode("utf-8"):
@@ -121,8 +121,8 @@ class RunDirectory:
             foreign = [path for path in self.parts() if path not in mine] or foreign
         if foreign:
             raise UsageError(
-                f"output_dir = {self.path} holds {foreign[0].relative_to(self.path)}, which {why}, and which this run "
-                "would replace.\nMove it elsewhere, or choose another output_dir."
+                f"output_dir = {self.path} holds {foreign[0].relative_to(self.path)}, which no run of cadapter wrote"
+                f"{hint}, and which this run would replace.\nMove it elsewhere, or choose another output_dir."
             )
 
     def checkpoint_to_resume(
