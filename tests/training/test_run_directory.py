@@ -12,6 +12,8 @@ import pytest
 
 from cadapter.errors import UsageError
 from cadapter.training.run_directory import RunDirectory
+from tests.forked_commands import call, run_all_well
+from tests.tiny_project import Project
 
 HOLDER = """
 import sys, time
@@ -53,6 +55,23 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there_is_nobodys(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "missing").claim()
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mode", ["control", "lora", "full"])
+def test_a_run_holds_nothing_that_no_run_wrote(project: Project, mode: str) -> None:
+    """All that is written is known as such: or else no run could be replaced."""
+    keys = {
+        "use_control_adapters": mode == "control", "full_fine_tune": mode == "full", "evals_per_run": 2, "epochs": 2,
+        "eval_fraction": 0.2, "sample_prompts": ["The"], "sample_max_new_tokens": 2, "max_sequences": 2,
+        "lora_weight_decay": None, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    config = project.write_config(f"known-{mode}", ("positive",), **keys)
+    run_all_well(call("train", config), call("train", config, "--force"))
+    directory = RunDirectory(project.root / f"known-{mode}")
+    assert {path.name for path in directory.path.iterdir()} == {path.name for path in directory.parts()}
+    assert {"epoch1", "epoch2", "best", "final", "logs", "checkpoints"} <= {path.name for path in directory.parts()}
+    assert directory.foreign() == []
 
 
 def test_best_stays_until_the_run_that_starts_over_has_a_better_one(tmp_path: Path) -> None:
