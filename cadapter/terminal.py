@@ -137,7 +137,8 @@ class _Output(io.FileIO):
             raise CannotWrite(words) from fault
         if not self._told and self.fileno() != sys.stderr.fileno():
             self._told = True
-            warn(f"{words} It is lost until there is room again.")
+            # Not by warn, which would write out what is being written just now.
+            print(f"warning: {words} It is lost until there is room again.", file=sys.stderr, flush=True)
 
 
 def own_streams() -> None:

@@ -110,12 +110,14 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(project: Project, tmp_pa
     assert not (directory / "error.txt").exists()
 
 
-def test_a_run_goes_on_when_the_disk_of_its_output_is_full(project: Project, tmp_path: Path) -> None:
-    config = project.write_config("full-output", max_steps=2, output_dir=str(tmp_path / "run"))
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_goes_on_when_the_disk_of_its_output_is_full(project: Project, tmp_path: Path, unbuffered: str) -> None:
+    config = project.write_config(f"full-output{unbuffered}", max_steps=2, output_dir=str(tmp_path / "run"))
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            command("train", config), env=environment(), text=True, stdout=full, stderr=subprocess.PIPE
-        )
+            command("train", config), env=environment(PYTHONUNBUFFERED=unbuffered), text=True, stdout=full,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
     assert done.returncode == 0
     assert done.stderr.count("warning: The output cannot be written: No space left on device.") == 1
     assert (tmp_path / "run" / "final").is_dir()
