@@ -139,9 +139,10 @@ class SteeredLM(_Model):
         if name is None and len(self._attached) > 1:
             raise UsageError(f"The model has several adapters.\nGive the name of one: {', '.join(self._attached)}.")
         [chosen] = _by_name({name: 0} if name else 0, self._attached)
+        target = Path(directory).expanduser()
         if force:
-            refuse_foreign_directory(Path(directory))
-        with new_directory(Path(directory), force) as temporary:
+            refuse_foreign_directory(target)
+        with new_directory(target, force) as temporary:
             self._attached[chosen].write(temporary)
 
     def detach(self) -> Any:

@@ -9,13 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from cadapter import __version__, terminal
-from cadapter.errors import CadapterError, Stopped
+from cadapter.errors import CadapterError, CannotWrite, Stopped
+from cadapter.files import at_home
 
 COMMANDS = (
     "prepare",
@@ -46,6 +48,7 @@ EXIT_CODES = {
     0: "done",
     1: "the work failed, or a check that was asked for did not hold",
     2: "wrong usage, a wrong config, or an input that cannot be used; nothing was written",
+    129: "the terminal was closed, after saving",
     130: "interrupted",
     143: "terminated, after saving",
 }
@@ -183,7 +186,10 @@ def _show_traceback() -> None:
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with ``--quiet`` and ``--debug`` after its own options, and with its errors as exit codes."""
+    """``command`` with ``--quiet`` and ``--debug`` after its own options, and with its errors as exit codes.
+
+    In paths, ~ is the user's home directory, also where no shell has seen to it.
+    """
 
     @functools.wraps(command)
     def run(*arguments: Any, quiet: bool, debug: bool, **options: Any) -> None:
@@ -192,7 +198,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         if quiet:
             terminal.set_quiet(True)
         with _errors_as_exit_codes():
-            command(*arguments, **options)
+            command(*arguments, **{name: _at_home(value) for name, value in options.items()})
 
     signature = inspect.signature(command, eval_str=True)
     shared = [
@@ -203,6 +209,10 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _at_home(value: Any) -> Any:
+    return at_home(value) if isinstance(value, Path) else value
 
 
 def register(name: str, command: Callable[..., None], examples: Sequence[str]) -> None:
@@ -232,24 +242,33 @@ def _as_spelt_here(arguments: Sequence[str]) -> list[str]:
 def main() -> NoReturn:
     """Run the program with the arguments of the process, and end the process."""
     sys.argv[1:] = _as_spelt_here(sys.argv[1:])
-    terminal.spell_what_streams_lack()
+    terminal.own_streams()
+    code: str | int | None = 0
     try:
         app(prog_name="cadapter")
     except SystemExit as end:
-        _flush()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
-            _end_at_once(end.code)
-        raise
-    sys.exit(0)
+        code = end.code
+    except CannotWrite as error:  # the help, for instance, which Typer prints
+        terminal.error(str(error))
+        code = error.exit_code
+    code = _flushed() or code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+        _end_at_once(code)
+    sys.exit(code)
 
 
-def _flush() -> None:
-    """Write out what is left; where whoever read it has gone, nowhere: Python would complain of it at its end."""
+def _flushed() -> int:
+    """Write out what is left, and return the exit code that this alone would have."""
+    code = 0
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except BrokenPipeError:  # whoever read it has gone, which is no fault
+            pass
+        except CannotWrite as error:
+            code = error.exit_code
+            terminal.error(str(error))
+    return code
 
 
 def _end_at_once(code: str | int | None) -> NoReturn:

@@ -16,10 +16,12 @@ import json
 import os
 import re
 import shutil
+import stat
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cadapter.errors import CannotWrite, UsageError
 from cadapter.terminal import note
@@ -54,6 +56,11 @@ def writing(target: Path) -> Iterator[None]:
         raise CannotWrite(f"{target} cannot be written: {os.strerror(number)}.") from error
 
 
+def at_home(path: Path) -> Path:
+    """Return ``path`` with the user's home directory for ~."""
+    return Path(os.path.expanduser(path))
+
+
 def _already_there(output: Path) -> UsageError:
     return UsageError(f"{output} already exists.\nChoose another output, or give --force to replace it.")
 
@@ -77,13 +84,22 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def _usual_mode(directory: Path) -> int:
+    """The permissions of files that are made in ``directory``, as the umask says, or the directory's own defaults."""
+    trial = _sibling(directory / "mode", "partial")
+    trial.touch()
+    mode = stat.S_IMODE(trial.stat().st_mode)
+    trial.unlink()
+    return mode
+
+
 @contextlib.contextmanager
 def new_directory(output: Path, force: bool = False, moved: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``output`` that becomes ``output`` when the block succeeds.
 
     When the block raises, the sibling is removed and ``output`` is as it was. With ``force`` an existing
-    directory is replaced only after the new one is complete. ``moved`` is called after each file that has reached the
-    disk.
+    directory is replaced only after the new one is complete. All files get the permissions that the umask leaves:
+    safetensors gives its own to their owner alone. ``moved`` is called after each file that has reached the disk.
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or its parent cannot be written.
@@ -99,8 +115,11 @@ def new_directory(output: Path, force: bool = False, moved: Callable[[], None] =
     try:
         with writing(output):
             yield temporary
+            mode = _usual_mode(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    if stat.S_IMODE(file.stat().st_mode) != mode:
+                        file.chmod(mode)
                     flush_to_disk(file)
                     moved()
             if force:
@@ -154,11 +173,17 @@ def _remove(old: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def tidy(directory: Path) -> list[str]:
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` has the name of something that a process is writing, or was when it was killed."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def tidy(directory: Path, concerns: Callable[[Path], bool] = lambda _: True) -> list[str]:
     """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`new_file`.
 
     What was half written is removed. Where the old version had been moved away and the new one was not there yet, the
-    old one takes its place again. Nobody else may be writing in the directory.
+    old one takes its place again. Nobody else may be writing in the directory, or else ``concerns`` says for each path
+    whether it is left over.
 
     Returns:
         What was done, a line for each.
@@ -166,7 +191,7 @@ def tidy(directory: Path) -> list[str]:
     done = []
     for path in sorted(directory.glob(".*")):
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
+        if match is None or not concerns(path):
             continue
         target = directory / match["name"]
         if match["purpose"] == "replaced" and not target.exists():
@@ -259,9 +284,13 @@ def check_report(output: Path | None) -> None:
     """
     if output is None or output == STANDARD_OUTPUT:
         return
-    target = Path(os.path.abspath(output))
-    if target.is_dir():
+    target = Path(os.path.realpath(output))
+    if output.is_dir():
         raise UsageError(f"{output} is a directory.\nGive the name of a file.")
+    if _is_written_through(output):
+        if not os.access(output, os.W_OK):
+            raise UsageError(f"{output} cannot be written: {os.strerror(errno.EACCES)}.")
+        return
     folder = next(parent for parent in target.parents if parent.exists())
     if not folder.is_dir():
         raise UsageError(f"{output} cannot be written: {folder} is a file.")
@@ -269,9 +298,38 @@ def check_report(output: Path | None) -> None:
         raise UsageError(f"{output} cannot be written: {os.strerror(errno.EACCES)} in {folder}.")
 
 
+def _is_written_through(output: Path) -> bool:
+    """Whether ``output`` is, or is a link to, a device, a pipe or what this process prints to: nothing to replace."""
+    return output.exists() and (not output.is_file() or _stream_of(output) is not None)
+
+
+def _stream_of(output: Path) -> TextIO | None:
+    """Standard output or standard error, if that is what ``output`` stands for."""
+    there = output.stat()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+            if os.path.samestat(there, os.fstat(stream.fileno())):
+                return stream
+    return None
+
+
 def write_report(output: Path, content: str | bytes) -> None:
-    """Write a report to ``output``, whole or not at all, and say so; its folder is made, an older file replaced."""
-    write_bytes(output, content.encode("utf-8") if isinstance(content, str) else content)
+    """Write a report to ``output`` and say so.
+
+    A file is written whole or not at all, also that which a link leads to; its folder is made, an older one replaced.
+    A pipe or a device is written to; where it is what this process prints to, nothing else is said there.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if not _is_written_through(output):
+        write_bytes(Path(os.path.realpath(output)), data)
+    elif stream := _stream_of(output):
+        stream.flush()
+        stream.buffer.write(data)
+        stream.flush()
+        return
+    else:
+        with writing(output):
+            output.write_bytes(data)
     note(f"Written: {output}")
 
 

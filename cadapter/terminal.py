@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import functools
+import io
+import os
 import sys
 import threading
 import time
@@ -14,6 +17,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from cadapter.errors import CannotWrite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,11 +90,86 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_ENCODING_ERRORS, _spell)
 
 
-def spell_what_streams_lack() -> None:
-    """Have standard output and standard error write words for characters that their encoding lacks, and never fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=_ENCODING_ERRORS)
+_GONE = (errno.EPIPE, errno.EIO)
+"""What writing to a pipe that nobody reads, and to a terminal that was closed, fails with."""
+
+
+class _Output(io.FileIO):
+    """The file of standard output or standard error, which says in plain words why it takes no more.
+
+    Attributes:
+        goes_on: what cannot be written is lost, and nothing fails.
+    """
+
+    goes_on = False
+    _told = False
+
+    def write(self, data: Any, /) -> int:
+        """Write ``data``.
+
+        Raises:
+            BrokenPipeError: nobody reads it any more.
+            CannotWrite: the disk is full, for instance.
+        """
+        if not len(data):  # Typer tries streams in this way, and takes no notice of what is raised
+            return 0
+        try:
+            return super().write(data)
+        except OSError as fault:
+            if fault.errno in _GONE:
+                self._lead_nowhere()
+                if not self.goes_on:
+                    raise BrokenPipeError(*fault.args) from fault
+            else:
+                self._refused(fault)
+            return len(data)
+
+    def _lead_nowhere(self) -> None:
+        """Let all that comes go to no place: Python writes what is left in a buffer again at its end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+    def _refused(self, fault: OSError) -> None:
+        words = f"The output cannot be written: {fault.strerror}."
+        if not self.goes_on:
+            self._lead_nowhere()
+            raise CannotWrite(words) from fault
+        if not self._told and self.fileno() != sys.stderr.fileno():
+            self._told = True
+            # Not by warn, which would write out what is being written just now.
+            print(f"warning: {words} It is lost until there is room again.", file=sys.stderr, flush=True)
+
+
+def own_streams() -> None:
+    """Let standard output and standard error of this process fail in plain words (see :class:`_Output`).
+
+    They write words for characters that their encoding lacks. One that was closed from the start leads nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+            continue
+        file = _Output(stream.fileno(), "wb", closefd=False)
+        new = io.TextIOWrapper(
+            file if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(file),
+            encoding=stream.encoding,
+            errors=_ENCODING_ERRORS,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        _outputs.append(file)
+        setattr(sys, name, new)
+
+
+_outputs: list[_Output] = []
+
+
+def go_on_unread() -> None:
+    """From now on nothing fails where nobody reads the output any more, or a disk does not take it."""
+    for file in _outputs:
+        file.goes_on = True
 
 
 def note(text: str) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cadapter.adapters.directory import CONFIG_NAME, WEIGHTS_NAME
 from cadapter.errors import UsageError
-from cadapter.models.checkpoint import INDEX_NAME
-from cadapter.models.saving import COPIED
-from cadapter.training.run_directory import RECORD, RunDirectory
-from cadapter.training.state import MANIFEST_FILE, OPTIMISER_STEM, STATE_FILE
+from cadapter.training.contents import foreign_to_weights, has_weights
+from cadapter.training.run_directory import RunDirectory
 
-_BESIDE_WEIGHTS = (*COPIED, INDEX_NAME, "README.md", ".gitattributes")
-_IN_CHECKPOINTS = (STATE_FILE, MANIFEST_FILE, f"{OPTIMISER_STEM}-*.safetensors")
 _SHOWN = 3
 
 
@@ -27,37 +21,24 @@ def refuse_foreign_directory(output: Path) -> None:
         return
     if not output.is_dir():
         raise UsageError(f"{output} is a file, and --force replaces directories that cadapter wrote.\n{_REMEDY}")
-    names = {path.name for path in output.iterdir()}
-    if not names:
-        return
-    run = {path.name for path in RunDirectory(output).parts()}
-    if RECORD in run:
-        foreign = names - run
+    run, there = RunDirectory(output), sorted(output.iterdir())
+    if run.holds_run:
+        parts = run.parts()
+        foreign = [path for path in there if path not in parts] + run.foreign()
     else:
-        foreign = {path.name for path in output.iterdir() if not _belongs_to_weights(path)}
-        if not _has_weights(output):
-            foreign = foreign or names
+        foreign = foreign_to_weights(output)
+        if not has_weights(output):
+            foreign = foreign or there
     if foreign:
-        shown = sorted(foreign)
-        more = ", …" if len(shown) > _SHOWN else ""
+        shown = ", ".join(str(path.relative_to(output)) for path in foreign[:_SHOWN])
+        more = ", …" if len(foreign) > _SHOWN else ""
         raise UsageError(
-            f"{output} was not written by cadapter, or not by it alone: it holds {', '.join(shown[:_SHOWN])}{more}, "
+            f"{output} was not written by cadapter, or not by it alone: it holds {shown}{more}, "
             f"which --force would remove.\n{_REMEDY}"
         )
 
 
 _REMEDY = "Choose another output, or remove it yourself."
-
-
-def _has_weights(directory: Path) -> bool:
-    if (directory / CONFIG_NAME).is_file():
-        return (directory / WEIGHTS_NAME).is_file()
-    return (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
-
-
-def _belongs_to_weights(path: Path) -> bool:
-    known = (*_BESIDE_WEIGHTS, *_IN_CHECKPOINTS, CONFIG_NAME, WEIGHTS_NAME, "model*.safetensors")
-    return path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in known)
 
 
 def refuse_foreign_gguf(output: Path) -> None:

@@ -181,6 +181,23 @@ def test_a_closed_pipe_is_no_internal_error() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["schema"], ["schema", "--help"], ["--version"]])
+def test_output_on_a_full_disk_is_no_internal_error(command: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cadapter", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: The output cannot be written: No space left on device.\n")
+
+
+def test_a_stream_that_is_closed_from_the_start_is_no_error() -> None:
+    command = f"{sys.executable} -m cadapter schema >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_stream_without_unicode_is_no_error(tmp_path: Path) -> None:
     done = run("schema", PYTHONIOENCODING="ascii")
     assert done.returncode == 0

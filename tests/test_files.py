@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cadapter.errors import UsageError
 from cadapter.files import (
@@ -68,6 +71,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with new_file(tmp_path / "sub" / "out", force=True) as file:
         file.write_text("new")
     assert (tmp_path / "sub" / "out").read_text() == "new"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_permissions_are_those_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with new_directory(tmp_path / "out") as made:
+            save_file({"x": torch.zeros(2)}, made / "a.safetensors")
+            (made / "b.json").write_text("{}")
+        (tmp_path / "usual").touch()
+    finally:
+        os.umask(before)
+    assert names(tmp_path / "out") == ["a.safetensors", "b.json"]
+    for file in (*(tmp_path / "out").iterdir(), tmp_path / "usual"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 KILLED = """
@@ -145,6 +163,55 @@ def test_where_no_report_can_be_written_is_known_before_the_work(tmp_path: Path)
     check_report(STANDARD_OUTPUT)
     check_report(tmp_path / "a" / "b" / "c")
     assert names(tmp_path) == ["file"]  # looking leaves nothing behind
+
+
+def test_a_report_through_a_link_goes_where_the_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old.json").write_text("old")
+    for link, target in (("a.json", "there/old.json"), ("b.json", "there/new.json")):
+        (tmp_path / link).symlink_to(target)
+        check_report(tmp_path / link)
+        write_report(tmp_path / link, "new")
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / target).read_text() == "new"
+    assert names(tmp_path) == ["a.json", "b.json", "there"]
+    assert names(tmp_path / "there") == ["new.json", "old.json"]
+
+
+def test_a_report_goes_into_a_pipe_or_a_device(tmp_path: Path) -> None:
+    """The device is a terminal: in their directory no file could take its place, whoever runs this test."""
+    pipe, device = tmp_path / "pipe", tmp_path / "device"
+    os.mkfifo(pipe)
+    terminal, side = pty.openpty()
+    device.symlink_to(os.ttyname(side))
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    for place in (pipe, device):
+        check_report(place)
+        write_report(place, "report")
+    assert reader.communicate()[0] == "report"
+    assert os.read(terminal, 100) == b"report"
+    assert pipe.is_fifo()
+    assert device.is_symlink()
+    assert names(tmp_path) == ["device", "pipe"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_a_report_to_what_standard_output_is_stands_among_the_rest(tmp_path: Path, kind: str) -> None:
+    """Also where that is a file, which would otherwise be replaced, and with it what else is printed."""
+    place = tmp_path / "stdout"  # as /dev/stdout is
+    place.symlink_to("/proc/self/fd/1")
+    program = (
+        f"from cadapter.files import *; place = Path({str(place)!r}); print('before'); check_report(place); "
+        "write_report(place, 'report\\n'); print('after')"
+    )
+    if kind == "pipe":
+        text = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    else:
+        with open(tmp_path / "out", "w") as out:
+            subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+        text = (tmp_path / "out").read_text()
+    assert text == "before\nreport\nafter\n"
+    assert place.is_symlink()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

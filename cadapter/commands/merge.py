@@ -131,6 +131,7 @@ def _less_than_float32(dtypes: set[str]) -> str | None:
 def _directory_and_strength(text: str) -> tuple[Path, float]:
     """Take "DIR=T" apart at its last "="."""
     from cadapter.errors import UsageError
+    from cadapter.files import at_home
 
     directory, _, number = text.rpartition("=")
     try:
@@ -139,4 +140,4 @@ def _directory_and_strength(text: str) -> tuple[Path, float]:
         strength = None
     if not directory or strength is None:
         raise UsageError(f"--also {text}: write it as DIR=T, a directory and a number.")
-    return Path(directory), strength
+    return at_home(Path(directory)), strength

@@ -86,12 +86,12 @@ def check_output(output: Path, force: bool, *inputs: str | Path, gguf: bool = Fa
         UsageError: as said.
     """
     from cadapter.errors import UsageError
-    from cadapter.files import refuse_existing
+    from cadapter.files import at_home, refuse_existing
 
     refuse_existing(output, force)
     target = output.resolve()
     for given in inputs:
-        source = Path(given).resolve()
+        source = at_home(Path(given)).resolve()
         if source.exists() and (source == target or target in source.parents):
             raise UsageError(
                 f"{output} is or holds the input {given}, which --force would remove: choose another output."

@@ -54,7 +54,7 @@ def command(
         int | None, typer.Option(help="Number of machines.", show_default=False, rich_help_panel=_NODES)
     ] = None,
     hostfile: Annotated[
-        str | None,
+        Path | None,
         typer.Option(
             help="File of lines 'HOST slots=N', one for each machine; they are reached through ssh.",
             show_default=False,
@@ -93,17 +93,20 @@ def command(
     """Train a Control Adapter as CONFIG says.
 
     On several GPUs the command starts itself again under DeepSpeed's launcher; started by torchrun, srun or mpirun it
-    joins that job. SIGTERM or Ctrl-C, on any machine, saves a checkpoint and stops; --resume-from-checkpoint continues
-    exactly there.
+    joins that job. SIGTERM, SIGHUP or Ctrl-C, on any machine, saves a checkpoint and stops; --resume-from-checkpoint
+    continues exactly there.
     """
     from cadapter.config import load_config
     from cadapter.errors import UsageError
+    from cadapter.terminal import go_on_unread
     from cadapter.training.launch import LaunchOptions, relaunched
 
     source = config or config_option
     if source is None:
         raise UsageError("train needs a config.\nGive its path: cadapter train config.toml")
     settings = load_config(source, overrides or ())
+    if not dry_run:
+        go_on_unread()  # metrics.jsonl keeps the log
     options = LaunchOptions(num_gpus, num_nodes, hostfile, master_addr, master_port, node_rank, no_ssh, launcher)
     code = relaunched(options, settings.pipeline_stages, sys.argv[1:], Path(settings.output_dir))
     if code is not None:

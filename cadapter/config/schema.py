@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -64,6 +65,8 @@ def _check_any(value: tuple[DatasetConfig, ...]) -> tuple[DatasetConfig, ...]:
 
 
 Text = Annotated[str, Field(min_length=1), Expects("a string that is not empty")]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, in which ~ is the user's home directory."""
 Count = Annotated[int, Field(ge=1), Expects("an integer of at least 1")]
 CountOrZero = Annotated[int, Field(ge=0), Expects("an integer of at least 0")]
 Positive = Annotated[float, Field(gt=0), Expects("a number above 0")]
@@ -86,7 +89,7 @@ class Table(BaseModel):
 class DatasetConfig(Table):
     """One `[[datasets]]` table: files of one kind and the class they are trained as."""
 
-    dataset_path: Text = Field(description="A file, or a glob that names several: .txt, .json, .jsonl, .parquet.")
+    dataset_path: Place = Field(description="A file, or a glob that names several: .txt, .json, .jsonl, .parquet.")
     control_class: Annotated[int, AfterValidator(_check_class), Expects("1, -1 or 0")] = Field(
         default=1,
         description="1: enhance these texts, -1: suppress them, 0: leave them as they are.",
@@ -130,8 +133,8 @@ class ClassWeights(Table):
 class Config(Table):
     """A run: the model, what is trained, on which texts and how."""
 
-    model_dir: Text = Field(description="The base model: a local directory, or a hub id when the hub can be reached.")
-    output_dir: Text = Field(description="The run's directory.")
+    model_dir: Place = Field(description="The base model: a local directory, or a hub id when the hub can be reached.")
+    output_dir: Place = Field(description="The run's directory.")
     seed: Annotated[int, Field(ge=0, lt=2**32), Expects("an integer from 0 to 4294967295")] = Field(
         default=42, description="Decides data order, the split and initial values."
     )
@@ -145,7 +148,7 @@ class Config(Table):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Type of the base model's weights and of fully fine-tuned weights."
     )
-    init_from: Text | None = Field(
+    init_from: Place | None = Field(
         default=None, description="An adapter directory whose weights start this run, with a fresh optimiser."
     )
     load_in_4bit: bool = Field(
@@ -289,7 +292,7 @@ class Config(Table):
     )
     max_checkpoints: Count = Field(default=3, description="How many checkpoints are kept.")
 
-    cache_dir: Text | None = Field(
+    cache_dir: Place | None = Field(
         default=None, description="Where prepared data is kept; default: beside the first dataset."
     )
     sequence_prefix: TextOrTokens = Field(

@@ -14,14 +14,17 @@ its own, so that two builders at once end up with two equal entries and a reader
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ import pyarrow as pa
 from cadapter.data import arrow
 from cadapter.data.sequences import HeldOutDocument, PackedSequences
 from cadapter.errors import CadapterError, UsageError
-from cadapter.files import new_directory, read_json, write_json
+from cadapter.files import new_directory, read_json, tidy, write_json
 
 FORMAT = 2
 """Part of the key: raise it whenever what is computed into the files changes. Runs that were prepared with another one
@@ -41,6 +44,12 @@ LAYOUT = 2
 FOLDER = ".cadapter-cache"
 MANIFEST = "manifest.json"
 FILES = TRAIN, EVALUATION, DOCUMENTS, TEXTS = "train.arrow", "evaluation.arrow", "documents.arrow", "texts.arrow"
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}-[0-9a-f]{8}\.partial-")
+"""How names of entries begin that are being built, and of nothing else in a directory that may be anybody's."""
+_SECONDS_TO_LOCK = 5.0
+"""Time enough between making an entry's directory and locking it."""
+_SECONDS_OF_SILENCE = 86_400.0
+"""So long nothing is written into an entry only where its builder is no more."""
 _SETTLED_SECONDS = 2.0
 """A file that was written more recently may be written again without its times changing."""
 
@@ -156,6 +165,13 @@ class Cache:
         self.directory = directory
         self._note = note
 
+    def tidy_up(self) -> None:
+        """Remove entries that processes were building when they were killed."""
+        for root in (self.directory, user_cache()):
+            with contextlib.suppress(OSError):  # another process does the same, or only others may
+                for remark in tidy(root, _is_left):
+                    self._note(remark)
+
     def known_files(self) -> dict[tuple[str, tuple[int, ...]], FileState]:
         """Return the states of the files that entries were made from, by absolute path and status."""
         known = {}
@@ -204,7 +220,7 @@ class Cache:
         older = [entry for entry in same if replace or _damage(entry, recipe.key)]
         target = root / f"{recipe.key[:32]}-{uuid.uuid4().hex[:8]}"
         try:
-            with new_directory(target) as temporary:
+            with new_directory(target) as temporary, _in_use(temporary):
                 statistics = fill(temporary)
                 sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
                 described = {"format": FORMAT, "layout": LAYOUT, "key": recipe.key, "created": time.time()}
@@ -242,6 +258,42 @@ class Cache:
                 self._note(f"The cache goes to {root}, since {reasons[0]}.")
             return root, created
         raise CadapterError("No place for the cache can be written:\n" + "\n".join(reasons) + "\nSet cache_dir.")
+
+
+@contextlib.contextmanager
+def _in_use(directory: Path) -> Iterator[None]:
+    """Hold a lock on ``directory`` until the block or this process ends, where the file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_left(path: Path) -> bool:
+    """Whether an entry that was being built is left over: whoever built it, on whichever machine, holds no lock on it.
+
+    Where there are no locks, an entry counts as one that is being built for as long as any of its files changes.
+    """
+    if not _UNFINISHED.match(path.name) or not path.is_dir():
+        return False
+    try:
+        changed = max(each.stat().st_mtime for each in (path, *path.iterdir()))
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # it was finished, or removed, just now
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        patience = _SECONDS_TO_LOCK
+    except BlockingIOError:
+        return False
+    except OSError:
+        patience = _SECONDS_OF_SILENCE
+    finally:
+        os.close(descriptor)
+    return time.time() - changed > patience
 
 
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

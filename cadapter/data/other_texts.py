@@ -63,7 +63,7 @@ def _fields(path: str, first: Path, control_class: int, config: Config) -> Field
     datasets = sorted(
         config.datasets,
         key=lambda each: (
-            os.path.abspath(os.path.expanduser(each.dataset_path)) != place,
+            os.path.abspath(each.dataset_path) != place,
             each.control_class != control_class,
         ),
     )

@@ -110,7 +110,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises:
         UsageError: there is no such model, or it has no tokenizer.
     """
-    directory = Path(os.path.expanduser(config.model_dir))
+    directory = Path(config.model_dir)
     if not directory.is_dir():
         from cadapter.models.checkpoint import resolve_model  # needs torch, which a local directory does not
 
@@ -133,6 +133,7 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
     """
     tokenizer = load_tokenizer(config)
     store, files, streams = _sources(config)
+    store.tidy_up()
     bad = BadRecords(skip_bad or 0)
 
     entries, reports, keys, done = [], [], [], set()
@@ -277,7 +278,7 @@ def stem(path: str) -> str:
 
 def _cache_directory(config: Config, datasets: list[Dataset]) -> Path:
     if config.cache_dir is not None:
-        return Path(os.path.expanduser(config.cache_dir))
+        return Path(config.cache_dir)
     return datasets[0].files[0].parent / cache.FOLDER
 
 
@@ -309,7 +310,7 @@ def _recipe(
         {**{key: getattr(dataset, key) for key in _DATASET_OPTIONS}, **_named(dataset.fields)} for dataset in stream
     ]
     return cache.Recipe(
-        sources=[os.path.abspath(os.path.expanduser(dataset.path)) for dataset in stream],
+        sources=[os.path.abspath(dataset.path) for dataset in stream],
         files=[{str(file.absolute()): files[file] for file in dataset.files} for dataset in stream],
         tokenizer=tokenizer.fingerprint,
         options={**options, "datasets": each},

@@ -83,7 +83,7 @@ def check_config(path: Path) -> Iterator[Finding]:
     yield check_place("output_dir", Path(config.output_dir), CONFIG)
     first = Path(config.datasets[0].dataset_path)
     yield check_place("cache_dir", Path(config.cache_dir) if config.cache_dir else first.parent, CONFIG)
-    model = Path(config.model_dir).expanduser()
+    model = Path(config.model_dir)
     if model.is_dir() and not (model / "config.json").is_file():
         yield Finding(CONFIG, "model_dir", "broken", f"{model} has no config.json.", "Give a Hugging Face model.")
     elif model.is_dir():

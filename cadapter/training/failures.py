@@ -21,6 +21,7 @@ from cadapter import terminal
 from cadapter.errors import CadapterError, Stopped, UsageError
 from cadapter.training.distributed import World, join_world, leave_world
 from cadapter.training.error_file import ErrorFile
+from cadapter.training.signals import StopRequest, heeded
 
 FAILED, HEARD = "cadapter/failed", "cadapter/heard"
 """Keys of the store: the rank that tells of a failure with the exit code, and how many ranks know of it."""
@@ -81,7 +82,9 @@ def end_with_another(reason: str, world: World) -> CadapterError:
 
 
 def _in_plain_words(error: BaseException, world: World) -> BaseException:
-    """Where memory ran out, an error that says what to do; else ``error`` itself."""
+    """Return for lack of memory an error that says what to do, for a request to stop what it means, else ``error``."""
+    if isinstance(error, StopRequest):
+        return error.as_error()
     if not isinstance(error, torch.OutOfMemoryError):
         return error
     asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
@@ -136,7 +139,7 @@ def _another_tells(error: BaseException, world: World, file: ErrorFile) -> tuple
     own_code = error.exit_code if isinstance(error, CadapterError) else interrupted
     claim = f"{world.rank} {own_code}"
     # What ends this process is known. The launcher stops all as soon as the first has ended, also the one that tells.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in heeded():
         signal.signal(number, signal.SIG_IGN)
     try:
         if not world.is_main:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cadapter.errors import CadapterError
 from cadapter.training.error_file import ErrorFile
-from cadapter.training.signals import REQUESTS
+from cadapter.training.signals import heeded
 
 JOB = "CADAPTER_JOB"
 """Set by the command that starts a job, to a name that no other job has."""
@@ -73,9 +73,9 @@ def run_job(
 ) -> int:
     """Run a launcher's ``command`` and return the exit code of the processes that work.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to them by ``tell(number)``, which says whether there are any. When they
-    have saved and stopped for a signal, the exit code is 128 + signal. Nothing of the job is left on this machine.
-    ``errors`` shows whether one of them has told of what ended the job.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to them by ``tell(number)``, which says whether there are any.
+    When they have saved and stopped for a signal, the exit code is 128 + signal. Nothing of the job is left on this
+    machine. ``errors`` shows whether one of them has told of what ended the job.
 
     Raises:
         CadapterError: a process was killed and could not say so itself.
@@ -89,8 +89,7 @@ def run_job(
         if job is not None and not tell(number) and number != signal.SIGUSR1:
             job.terminate()
 
-    stops = [number for number in REQUESTS if number != signal.SIGUSR1]
-    previous: dict[signal.Signals, Any] = {number: signal.signal(number, pass_on) for number in stops}
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, pass_on) for number in heeded()}
     try:
         # A session of its own: Ctrl-C reaches the workers through us alone, not the launcher, which would kill them.
         job = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent())

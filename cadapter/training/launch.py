@@ -38,7 +38,7 @@ class LaunchOptions:
 
     num_gpus: int | None = None
     num_nodes: int | None = None
-    hostfile: str | None = None
+    hostfile: Path | None = None
     master_addr: str | None = None
     master_port: int | None = None
     node_rank: int | None = None

@@ -33,7 +33,7 @@ class Node:
     where: str = ""
 
 
-def read_hostfile(path: str) -> list[Node]:
+def read_hostfile(path: str | Path) -> list[Node]:
     """Return the machines of a file of lines ``HOST slots=N``; a # begins a comment.
 
     Raises:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from pathlib import Path
 
 from cadapter.errors import UsageError
 from cadapter.files import tidy
+from cadapter.training.contents import foreign_to_checkpoints, foreign_to_logs, foreign_to_weights, has_weights
 from cadapter.training.error_file import ERROR_FILE
 from cadapter.training.state import Moved, newest_checkpoint
 
 RECORD = "resolved.json"
 """Every run writes it at its start: a directory without it holds no run."""
-PARTS = ("config.toml", RECORD, "metrics.jsonl", "logs", "checkpoints", "final", "best", ERROR_FILE)
+FILES = ("config.toml", RECORD, "metrics.jsonl", ERROR_FILE)
+DIRECTORIES = ("logs", "checkpoints", "final", "best")
+_EPOCH = re.compile(r"epoch[1-9]\d*")
 
 
 class RunDirectory:
@@ -25,6 +29,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.best = path / "best"
+        self.logs = path / "logs"
         self._claim: int | None = None
 
     def claim(self) -> None:
@@ -59,12 +64,24 @@ class RunDirectory:
         return self.path / f"epoch{number}"
 
     def _epochs(self) -> list[Path]:
-        return sorted(self.path.glob("epoch[0-9]*"))
+        return sorted(path for path in self.path.glob("epoch*") if _EPOCH.fullmatch(path.name))
 
     def parts(self) -> list[Path]:
         """What is there of a run."""
-        known = [self.path / name for name in PARTS]
+        known = [self.path / name for name in (*FILES, *DIRECTORIES)]
         return [path for path in [*known, *self._epochs()] if path.exists()]
+
+    def foreign(self) -> list[Path]:
+        """What is there under the names of a run's parts, and was not written by one."""
+        return [path for part in self.parts() for path in self._foreign_in(part)]
+
+    def _foreign_in(self, part: Path) -> list[Path]:
+        if part.name in FILES:
+            return [] if part.is_file() else [part]
+        if not part.is_dir():
+            return [part]
+        known = {self.logs: foreign_to_logs, self.checkpoints: foreign_to_checkpoints}
+        return known.get(part, foreign_to_weights)(part)
 
     def tidy_up(self) -> list[str]:
         """Claim the directory and clean up what a killed run left there; return a remark for each.
@@ -81,7 +98,7 @@ class RunDirectory:
         return (self.path / RECORD).exists()
 
     def refuse_foreign(self, config_text: str) -> None:
-        """Make sure that what a run writes here replaces nothing that no run wrote.
+        """Make sure that a run that starts here removes or replaces nothing that no run wrote.
 
         Args:
             config_text: of the run's config, which may lie here already.
@@ -89,19 +106,23 @@ class RunDirectory:
         Raises:
             UsageError: it would.
         """
-        if self.holds_run:
-            return
-        config = self.path / "config.toml"
-        mine = {self.path / "logs", self.path / ERROR_FILE}
-        if config.is_file() and config.read_bytes() == config_text.encode("utf-8"):
-            mine.add(config)
-        foreign = [path for path in self.parts() if path not in mine and path != self.checkpoints]
-        if self.checkpoints.exists() and not any(self.checkpoints.glob("*step-*")):
-            foreign.append(self.checkpoints)
+        if has_weights(self.path):
+            raise UsageError(
+                f"output_dir = {self.path} is itself the directory of a model or an adapter, into which a run's files "
+                "would be mixed.\nChoose another output_dir."
+            )
+        foreign, hint = self.foreign(), ""
+        if not self.holds_run:
+            hint = f" (there is no {RECORD})"
+            config = self.path / "config.toml"
+            mine = {self.logs, self.checkpoints, self.path / ERROR_FILE}
+            if config.is_file() and config.read_bytes() == config_text.encode("utf-8"):
+                mine.add(config)
+            foreign = [path for path in self.parts() if path not in mine] or foreign
         if foreign:
             raise UsageError(
-                f"output_dir = {self.path} holds {foreign[0].name}, which no run of cadapter wrote (there is no "
-                f"{RECORD}), and which this run would replace.\nChoose another output_dir."
+                f"output_dir = {self.path} holds {foreign[0].relative_to(self.path)}, which no run of cadapter wrote"
+                f"{hint}, and which this run would replace.\nMove it elsewhere, or choose another output_dir."
             )
 
     def checkpoint_to_resume(
@@ -168,7 +189,7 @@ class RunDirectory:
             self.tidy_up()
             for part in self.parts() if held_run else []:
                 if not (keep_best and part == self.best):
-                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+                    shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
 
 
 def adapter_of_run(path: Path) -> Path:
@@ -179,7 +200,7 @@ def adapter_of_run(path: Path) -> Path:
     """
     if (path / "final").is_dir():
         return path / "final"
-    epochs = [part for part in path.glob("epoch[0-9]*") if part.name.removeprefix("epoch").isdigit()]
+    epochs = [part for part in path.glob("epoch*") if _EPOCH.fullmatch(part.name) and part.is_dir()]
     if epochs:
         return max(epochs, key=lambda part: int(part.name.removeprefix("epoch")))
     checkpoint, _ = newest_checkpoint(path / "checkpoints")

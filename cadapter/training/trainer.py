@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from cadapter.training.resuming import settings_of
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.samples import Sampler
 from cadapter.training.schedule import evaluation_steps, schedule_factor
-from cadapter.training.signals import StopSignals
+from cadapter.training.signals import STOPS, StopSignals
 from cadapter.training.state import Position, last_sound, save_checkpoint, tagged, unsound
 from cadapter.training.warnings import ClassWatch, NormWatch
 
@@ -237,16 +236,16 @@ class Trainer:
         due = run.world.is_main and hours >= run.config.checkpoint_interval_hours
         # Gradients are equal on all replicas after their reduction, so one replica's count.
         flags = torch.tensor(
-            [self.signals.stop == SIGTERM, self.signals.stop == SIGINT, save_asked or due],
+            [*(self.signals.stop == number for number in STOPS), save_asked or due],
             dtype=torch.float64,
             device=run.world.device,
         )
         values = torch.cat([squares.reshape(1) * (run.layout.replica == 0), flags])
-        total, terminate, interrupt, save = sum_over_world(values).tolist()
+        total, *asked, save = sum_over_world(values).tolist()
         every = run.config.checkpoint_interval_steps
         by_steps = every is not None and (self.position.step + 1) % every == 0
-        stop = SIGTERM if terminate else SIGINT if interrupt else 0
-        return math.sqrt(total), int(stop), bool(save) or by_steps
+        stop = next((int(number) for number, processes in zip(STOPS, asked, strict=True) if processes), 0)
+        return math.sqrt(total), stop, bool(save) or by_steps
 
     def _send(
         self, numbers: Tensor, report_shape: torch.Size, lr: float, norm: float, seconds: float, tokens: int

@@ -74,6 +74,14 @@ def test_what_was_put_into_a_model_later_is_not_lost(base, adapter, merged, tmp_
     assert (output / extra).read_text() == "precious"
 
 
+def test_what_was_put_into_a_run_later_is_not_lost(base, adapter, tmp_path) -> None:
+    output = tmp_path / "output"
+    fill(output, ["config.toml", "resolved.json", "best/notes.txt"])
+    done = run("to-mult-lora", adapter, output, "--base", base, "--force")
+    assert (done.exit_code, "holds best/notes.txt" in done.stderr) == (2, True)
+    assert (output / "best" / "notes.txt").read_text() == "precious"
+
+
 def test_a_file_in_the_place_of_a_directory_stays(base, adapter, tmp_path) -> None:
     output = tmp_path / "output"
     output.write_text("precious")
@@ -105,7 +113,8 @@ def test_what_cadapter_wrote_is_replaced(base, adapter, merged, tmp_path, kind) 
     else:
         output.mkdir()
     if kind == "a run":
-        fill(output, ["config.toml", "resolved.json", "metrics.jsonl", "final/x", "epoch12/x", "logs/x"])
+        fill(output, ["config.toml", "resolved.json", "metrics.jsonl", "final/README.md", "logs/events.out.tfevents.1"])
+        shutil.copytree(adapter, output / "epoch12")
     assert run("to-mult-lora", adapter, output, "--base", base, "--force").exit_code == 0
     assert sorted(path.name for path in output.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +217,45 @@ def test_an_interrupted_build_leaves_nothing(
             prepare_data(make_config({file: 1}))
     assert list(file.parent.iterdir()) == [file]
     assert outcome(make_config({file: 1})) == "new"
+
+
+BUILDER = """
+import os, signal, sys, time
+from pathlib import Path
+from cadapter.config import load_config
+from cadapter.data import arrow, prepare_data
+def stop(*_):
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("building", flush=True)
+    time.sleep(60)
+arrow.write_documents = stop
+prepare_data(load_config(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.processes
+def test_what_killed_builds_left_is_removed_and_what_is_being_built_is_not(
+    file: Path, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = make_config({file: 1}), file.parent / FOLDER
+    words = [sys.executable, "-c", BUILDER, str(tmp_path / "config.toml")]
+    assert subprocess.run([*words, "killed"], check=False).returncode == -signal.SIGKILL
+    (killed,) = folder.iterdir()
+    (folder / ".others.partial-0123abcd").mkdir()
+    with subprocess.Popen([*words, "working"], stdout=subprocess.PIPE, text=True) as working:
+        assert working.stdout is not None
+        assert any(line == "building\n" for line in working.stdout)
+        (built,) = set(folder.iterdir()) - {killed, folder / ".others.partial-0123abcd"}
+        (just_begun := folder / f".{'0' * 32}-{'0' * 8}.partial-{'0' * 8}").mkdir()
+        for path in (killed, built):
+            for each in (path, *path.iterdir()):
+                os.utime(each, (0, 0))
+        prepare_data(config)
+        left = set(folder.glob(".*"))
+        working.kill()
+    assert left == {built, just_begun, folder / ".others.partial-0123abcd"}
+    assert f"{killed} is removed: a process was killed while it wrote there." in capsys.readouterr().out
 
 
 def test_an_existing_cache_directory_is_not_removed_by_an_error(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -27,6 +27,7 @@ from cadapter.models.attach import load_causal_lm
 from cadapter.models.checkpoint import Checkpoint, load_model_config
 from cadapter.models.loading import CausalLM
 from cadapter.models.own_code import code_files
+from cadapter.training.run_directory import RunDirectory
 from tests.forked_commands import call, run_all, run_all_well
 from tests.tiny_project import Project, make_project, metrics, run
 
@@ -221,6 +222,7 @@ def test_full_fine_tuning_writes_its_code_too(project: Project, variables: dict[
     assert "Resuming from" in said  # a checkpoint, which is a model with code of its own
     final = project.root / "full" / "final"
     assert {file.name for file in final.glob("*.py")} == CODE_FILES
+    assert RunDirectory(project.root / "full").foreign() == []  # that code is no file of the user's
     assert type(theirs(final)).__name__ == "MineForCausalLM"
 
 
