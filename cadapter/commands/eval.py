@@ -197,17 +197,18 @@ def _report(
     from cadapter.adapters.directory import CONFIG_NAME, kind_of, read_control_adapter
     from cadapter.convert.norms import measure, verdict
     from cadapter.steering.choosing import KL_BUDGET, choose
-    from cadapter.steering.report import Report, remarks_of
+    from cadapter.steering.report import Report, remarks_of, single_classes
 
     is_control = (directory / CONFIG_NAME).is_file() and kind_of(directory) == "control"
     files = read_control_adapter(directory) if sweep and is_control else None
     norms = measure(files) if files else {}
+    budget, single = kl_budget or KL_BUDGET, single_classes(result.documents)
     return Report(
         config=config,
         base=settings.model_dir,
         subject=directory,
         evaluation=result,
-        choice=choose(result.contrasts, result.leans, result.costs, kl_budget or KL_BUDGET) if is_control else None,
+        choice=choose(result.contrasts, result.leans, result.costs, budget, single) if is_control else None,
         sampled=sampled,
         adapter=files,
         norms=norms,

@@ -66,10 +66,10 @@ def _with_harmless_keys_of(saved: dict[str, Any], config: Config) -> Config:
     """``config`` with those values of the run by which no document changes sides.
 
     Which tokens are masked and how sequences are packed moves none, and the length of sequences does not where
-    documents may be split. With a smaller ``eval_fraction`` some of those that were held out still are.
+    documents may be split. With a smaller ``eval_fraction`` some of those that were held out still are, with 0 none.
     """
     values = {"mask_tokens": saved.get("mask_tokens"), "drop_tails": saved.get("drop_tails")}
-    if 0 < config.eval_fraction < saved.get("eval_fraction", 0):
+    if config.eval_fraction < saved.get("eval_fraction", 0):
         values["eval_fraction"] = saved["eval_fraction"]
     if not config.mix_datasets and all(overlength_of(config, each) == "split" for each in config.datasets):
         values["sequence_len"] = saved.get("sequence_len")

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
+from cadapter.data.remarks import data_warnings, repeats_of
 from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.planning.memory import all_stages
 from cadapter.planning.tables import memory_table
-from cadapter.terminal import note, warn
+from cadapter.terminal import is_quiet, note, warn
 from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, on_main, sum_over_world
 from cadapter.training.engine import check_deepspeed
@@ -72,8 +73,18 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     if world.is_main:
         _tell_batch(plan, resume_from)
         neutral = int(plan.data.train.trained[2])
-        missed = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
-        for text in located(missed, source, options.overrides):
+        steps, model = plan.steps, plan.model
+        missed = idle_in_run(
+            config,
+            steps.total_steps,
+            model.layer_count,
+            neutral,
+            model.hidden_size,
+            steps.count,
+            steps.sequences_per_step,
+        )
+        hardly_meant = data_warnings(plan.data, config, repeats_of(plan.data))
+        for text in (*located(missed, source, options.overrides), *hardly_meant):
             warn(text)
         show_plan(plan)
     on_main(lambda: check_room(room_of(plan), directory), world)
@@ -197,12 +208,13 @@ def show_plan(plan: Plan) -> None:
     """Print the layout, the steps and what each stage holds."""
     config, layout, steps = plan.config, plan.layout, plan.steps
     recompute = plan.builder.recompute
-    memory_table(
-        f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
-        plan.sizes,
-        plan.bounds,
-        all_stages(plan.sizes, plan.bounds, recompute.block),
-    )
+    if not is_quiet():
+        memory_table(
+            f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
+            plan.sizes,
+            plan.bounds,
+            all_stages(plan.sizes, plan.bounds, recompute.block),
+        )
     note(recompute.reason or f"activation_checkpointing: {in_a_word(recompute)}.")
     tokens = int(plan.data.train.tokens.sum())
     if plan.model.family.inferred:
