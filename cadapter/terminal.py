@@ -31,6 +31,7 @@ _SPELLINGS = str.maketrans({
     "±": "+/-", "→": "->", "…": "...", "∞": "inf", "∥": "||", "α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps",
     "λ": "lambda",
     "ρ": "rho", "σ": "sigma", "Σ": "Sum", "Δ": "Delta", "₀": "0", "₁": "1", "₂": "2", "²": "^2", "³": "^3", "½": "1/2",
+    **dict.fromkeys("█▉▊▋▌", "#"), **dict.fromkeys("▍▎▏", "|"),
     "ᵀ": "^T", "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " ",
 })  # fmt: skip
 """What is written for a character that a stream's encoding lacks; "?" for any other."""

@@ -36,14 +36,16 @@ def command(
     Exits with 1 if something is broken. Warnings are about what works and could be better.
     """
     import json
+    import shlex
     from dataclasses import asdict
 
     from cadapter.doctor.places import check_config, check_disks, check_hub, check_limits
     from cadapter.doctor.probing import check_compute, check_packages
     from cadapter.errors import CheckFailed
-    from cadapter.files import write_text
+    from cadapter.files import STANDARD_OUTPUT, check_report, write_report
     from cadapter.terminal import progress
 
+    check_report(json_file)
     with progress("looking"):
         found = check_packages()
         found += check_compute(found)
@@ -52,16 +54,18 @@ def command(
     broken = sum(each.status == "broken" for each in found)
     warnings = sum(each.status == "warning" for each in found)
     text = json.dumps({"broken": broken, "warnings": warnings, "findings": [asdict(each) for each in found]}, indent=2)
-    if str(json_file) == "-":
+    if json_file == STANDARD_OUTPUT:
         print(text)
     else:
-        if json_file is not None:
-            write_text(json_file, text + "\n")
         _print(found)
+    if json_file not in (None, STANDARD_OUTPUT):
+        print()
+        write_report(json_file, text + "\n")
     if broken:
         raise CheckFailed(f"{broken} of {len(found)} things are broken.\nDo what stands behind -> above.")
-    if str(json_file) != "-":
-        print(f"\nNothing is broken; warnings: {warnings}.\nNext: cadapter prepare {config or 'config.toml'}")
+    if json_file != STANDARD_OUTPUT:
+        following = shlex.join(["cadapter", "prepare", str(config or "config.toml")])
+        print(f"\nNothing is broken; warnings: {warnings}.\nNext: {following}")
 
 
 def _print(found: list[Finding]) -> None:

@@ -235,17 +235,19 @@ def _tell(report: Report, json_file: Path | None, html: Path | None) -> None:
 
 def _note_next(settings: Config, directory: Path) -> None:
     """Say what to do with what was evaluated."""
+    import shlex
+
     from cadapter.adapters.directory import CONFIG_NAME, kind_of
     from cadapter.terminal import note
 
-    chat = " --chat" if settings.has_chats else ""
-    trusting = "".join(f" {word}" for word in trust_words(settings.trust_remote_code))
+    subject, chat = str(directory), ["--chat"] if settings.has_chats else []
     if not (directory / CONFIG_NAME).is_file():
-        note(f"Next: cadapter generate {directory} PROMPT{chat}{trusting}")
+        words = ["generate", subject, "PROMPT", *chat]
     elif kind_of(directory) == "control":
-        note(f"Next: cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare{chat}{trusting}")
+        words = ["generate", settings.model_dir, "PROMPT", "--adapter", subject, "--compare", *chat]
     else:
-        note(f"Next: cadapter merge {settings.model_dir} {directory} OUTPUT{trusting}")
+        words = ["merge", settings.model_dir, subject, "OUTPUT"]
+    note(f"Next: {shlex.join(['cadapter', *words, *trust_words(settings.trust_remote_code)])}")
 
 
 def _file_and_class(text: str) -> tuple[str, int]:

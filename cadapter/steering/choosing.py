@@ -82,7 +82,8 @@ def _best_side(leans: Sequence[Lean], kl: dict[float, float], budget: float, sig
 def _praise(best: Contrast, cost: float, budget: float) -> list[str]:
     return [
         f"Best within the KL budget: strength ±{best.strengths[0]:g}.",
-        f"Its contrast is {best.contrast:.4f} ± {best.contrast_se:.4f} nats per token, its KL {cost:.4f} of {budget:g}.",
+        f"Its contrast is {best.contrast:.4f} ± {best.contrast_se:.4f} nats per token, its KL {cost:.4f} of "
+        f"{budget:g}.",
     ]
 
 

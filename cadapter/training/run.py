@@ -123,8 +123,8 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     if world.is_main:
         _show_end(run.position, directory, plan)
         # The run's own config.toml is the config as given: what was overridden has to be given again.
-        again = shlex.join(part for override in options.overrides for part in ("--set", override))
-        note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
+        again = [part for override in options.overrides for part in ("--set", override)]
+        note(f"Next: {shlex.join(['cadapter', 'eval', str(directory.path / 'config.toml'), *again])}")
 
 
 def _reporter(run: Run) -> Reporter:
