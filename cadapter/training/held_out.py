@@ -36,7 +36,7 @@ def check_held_out(config: Config, subject: Path) -> str | None:
         return None
     old, new = dict(flat_settings(saved)), dict(flat_settings(settings_of(config)))
     differing = [
-        f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
+        f"{key}: {_in_words(old.get(key))} in the run, {_in_words(new.get(key))} now"
         for key in {**new, **old}
         if key.partition(".")[0] in SPLIT_BY and old.get(key) != new.get(key)
     ]
@@ -47,6 +47,10 @@ def check_held_out(config: Config, subject: Path) -> str | None:
         + "Set it back (what was given with --set has to be given again), or score texts that it was not trained on: "
         "--data FILE:CLASS."
     )
+
+
+def _in_words(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _run_of(subject: Path) -> tuple[Path, dict[str, Any]] | None:

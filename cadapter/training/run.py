@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
+from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located, locating
 from cadapter.data.remarks import data_warnings, repeats_of
 from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
@@ -69,7 +69,8 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     given = given_keys(options.overrides)
     if resume_from is not None:
         _tell_changes(config, resume_from, given, world)
-    plan = plan_run(config, world, resume_from)
+    with locating(source, options.overrides):
+        plan = plan_run(config, world, resume_from)
     if world.is_main:
         _tell_batch(plan, resume_from)
         neutral = int(plan.data.train.trained[2])
