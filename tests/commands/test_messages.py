@@ -110,7 +110,7 @@ PREPARING = {
         "field.jsonl: no record has 'text' (text_field = \"text\"); the last one looked at has: content.\n"
         "       Set text_field",
     ),
-    "a string without quotes": (["unquoted.toml"], "unquoted.toml:2:14: not valid TOML: Invalid value (a string stands"),
+    "a string without quotes": (["unquoted.toml"], "unquoted.toml:2:14: not valid TOML: Invalid value (a string"),
     "no such choice": (["config.toml", "--set", "activation_checkpointing=fulll"], "no such choice; give \"auto\", "),
     "a model's name": (["config.toml", "--set", "model_dir=gpt2"], "HF_HUB_OFFLINE is set"),
     "a relative model": (["config.toml", "--set", "model_dir=./gone"], "It was looked up from "),

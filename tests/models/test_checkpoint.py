@@ -262,7 +262,9 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for name in ("nobody/nothing", "gpt2"):
-        with pytest.raises(UsageError, match=f"{name} is not a directory, and the hub is not asked, since HF_HUB_OFFLINE"):
+        with pytest.raises(
+            UsageError, match=f"{name} is not a directory, and the hub is not asked, since HF_HUB_OFFLINE"
+        ):
             resolve_model(name)
 
 
