@@ -172,3 +172,7 @@ def test_messages_hold_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixtu
     terminal.error("x.json: \x1b]0;title\x07\x1b[2J\x9b31m é\n\tnext\r")
     shown = capsys.readouterr().err
     assert shown == "error: x.json: \\x1b]0;title\\x07\\x1b[2J\\x9b31m é\n       \tnext\\x0d\n"
+
+
+def test_bars_are_spelt_where_blocks_are_missing() -> None:
+    assert terminal.spelt("██▌ ▏ 12", "ascii") == "### | 12"

@@ -43,7 +43,7 @@ def parse_layers(spec: str | None, count: int) -> list[int]:
         if last >= count:
             part = str(first) if first == last else f"{first}:{last}"
             remedy = f'write "{first}:{count - 1}"' if first < count else "leave it out"
-            text = f'"{part}" goes past the last layer of the model, which has {count}, 0 to {count - 1}; {remedy}'
+            text = f'"{part}" goes past the last layer: the model has {count} layers, 0 to {count - 1}; {remedy}'
             raise WrongKey(Problem(("layers_to_transform",), text), spec)
         layers.update(range(first, last + 1))
     return sorted(layers)

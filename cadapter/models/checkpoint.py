@@ -83,13 +83,14 @@ def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES, trust_rem
         wanted = [*files, "*.py"] if trust_remote_code else list(files)
         return Path(snapshot_download(str(model), allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        if constants.HF_HUB_OFFLINE:
-            why = "the hub is not asked, since HF_HUB_OFFLINE is set"
-            remedy = "Unset HF_HUB_OFFLINE if this is the name of a model on the hub, or give a local directory."
-        else:
-            why = f"the hub did not give a model of that name ({type(error).__name__})"
-            remedy = "Check the spelling and the connection, or give a local directory."
-        raise UsageError(f"{model} is not a directory, and {why}.\n{remedy}{from_here}") from error
+        text = (
+            f"{model} is not a directory, and the hub is not asked, since HF_HUB_OFFLINE is set.\n"
+            "Unset HF_HUB_OFFLINE if this is the name of a model on the hub, or give a local directory."
+            if constants.HF_HUB_OFFLINE
+            else f"{model} is not a directory, and the hub did not give a model of that name "
+            f"({type(error).__name__}).\nCheck the spelling and the connection, or give a local directory."
+        )
+        raise UsageError(f"{text}{from_here}") from error
 
 
 def load_model_config(directory: Path, trust_remote_code: bool = False) -> Any:
