@@ -33,6 +33,14 @@ FRACTIONAL_ERROR = 1e-9
 """Largest relative error allowed in ``((I + M)^½)² = I + M`` before a fractional power is refused."""
 
 QUADRATURE_POINTS = 32
+QUADRATURE_REACH = 0.5
+"""‖M‖₂ up to which the quadrature is exact to all digits; it fails from eigenvalues of I + M of 0.02 or 41 on."""
+MOST_ROOTS = 20
+MOST_ROOT_STEPS = 30
+ROOT_STEP = 1e-14
+"""Relative size of the steps toward a square root at which they end."""
+BESIDE_THE_AXIS = 0.05
+"""Angle (radians) from the negative real axis within which an eigenvalue counts as the reason that there is no root."""
 SQUARINGS = 11
 
 ORTHONORMAL = 1e-6
@@ -121,12 +129,41 @@ def gauss_legendre(points: int) -> tuple[Tensor, Tensor]:
     return (nodes + 1) / 2, vectors[0] ** 2
 
 
+def _inverse(X: Tensor) -> Tensor:
+    """``X^-1`` [.., r, r], not finite where there is none."""
+    return torch.linalg.solve_ex(X, _identity_like(X).expand_as(X))[0]
+
+
+def _square_root(X: Tensor) -> Tensor:
+    """``X^½`` [.., r, r] float64, with eigenvalues in the right half-plane, by the iteration of Denman and Beavers.
+
+    ``Y ← (Y + Z^-1)/2``, ``Z ← (Z + Y^-1)/2`` from ``Y = X``, ``Z = I``. It goes nowhere where there is no such root.
+    """
+    Y, Z = X, _identity_like(X).expand_as(X)
+    for _ in range(MOST_ROOT_STEPS):
+        before = Y
+        Y, Z = (Y + _inverse(Z)) / 2, (Z + _inverse(Y)) / 2
+        moved = torch.linalg.matrix_norm(Y - before) / torch.linalg.matrix_norm(Y)
+        if not bool((moved > ROOT_STEP).any()):
+            break
+    return Y
+
+
 def _logarithm_over(M: Tensor) -> Tensor:
-    """``K = ∫₀¹ (I + u·M)^-1 du``, so that ``K·M = log(I + M)``: [.., r, r] float64."""
-    identity, K = _identity_like(M), torch.zeros_like(M)
+    """``K = ∫₀¹ (I + u·M)^-1 du``, so that ``K·M = log(I + M)``: [.., r, r] float64.
+
+    By quadrature, where M is small. Where it is not, of roots: with ``I + N = (I + M)^(2^-k)`` there is an F with
+    ``N = F·M``, and ``K(M) = 2^k·K(N)·F``. Each root gives a factor ``(I + (I + N)^½)^-1`` of F, which loses no digits.
+    """
+    identity = _identity_like(M)
+    N, F, roots = M, identity.expand_as(M), 0
+    while roots < MOST_ROOTS and bool((torch.linalg.matrix_norm(N) > QUADRATURE_REACH).any()):
+        factor = _inverse(identity + _square_root(identity + N))
+        N, F, roots = factor @ N, factor @ F, roots + 1
+    K = torch.zeros_like(M)
     for node, weight in zip(*gauss_legendre(QUADRATURE_POINTS), strict=True):
-        K += weight.item() * torch.linalg.solve_ex(identity + node.item() * M, identity.expand_as(M))[0]
-    return K
+        K += weight.item() * _inverse(identity + node.item() * N)
+    return 2.0**roots * K @ F
 
 
 def _phi1(X: Tensor) -> Tensor:
@@ -146,20 +183,41 @@ def _fractional_power(M: Tensor, t: float, where: str) -> Tensor:
     target = identity + M
     error = torch.linalg.matrix_norm(root @ root - target) / torch.linalg.matrix_norm(target)
     if not bool((error <= FRACTIONAL_ERROR).all()):
-        eigenvalues = torch.linalg.eigvals(target).flatten()
-        nearest = eigenvalues[eigenvalues.angle().abs().argmax()].item()
-        raise UsageError(
-            f"{_prefix(where)}strength {t:g} does not exist or cannot be computed accurately: I + W has the eigenvalue "
-            f"{nearest:.3g}, on or near the negative real axis or zero.\nWhole-number strengths need no root."
-        )
+        raise UsageError(f"{_prefix(where)}{_why_no_root(target, t)}\nWhole-number strengths need no root.")
     return t * _phi1(t * L) @ K
+
+
+def _why_no_root(target: Tensor, t: float) -> str:
+    """What keeps ``I + M`` = ``target`` from having a power t that can be worked out."""
+    eigenvalues = torch.linalg.eigvals(target).flatten()
+    nearest = eigenvalues[eigenvalues.angle().abs().argmax()]
+    if math.pi - nearest.angle().abs().item() < BESIDE_THE_AXIS:
+        return (
+            f"strength {t:g} does not exist or cannot be computed accurately: I + W has the eigenvalue "
+            f"{nearest.item():.3g}, on or near the negative real axis."
+        )
+    sizes = torch.linalg.svdvals(target)
+    return (
+        f"strength {t:g} cannot be computed accurately: the core of I + W has singular values from "
+        f"{sizes.amin().item():.3g} to {sizes.amax().item():.3g}, too far apart for its roots."
+    )
+
+
+def balancing(A: Tensor, B: Tensor) -> Tensor:
+    """d [r] such that the rows of ``A/d`` and the columns of ``B·d`` are of like size, for A [r, H], B [H, r].
+
+    ``W = s·B·A`` is the same for both pairs, but cores of factors that are far apart in size lose digits, and look
+    singular where ``I + W`` is not. Powers of two, by which nothing is rounded; 1 where a row or a column is zero.
+    """
+    d = (torch.linalg.vector_norm(A, dim=1) / torch.linalg.vector_norm(B, dim=0)).sqrt().log2().round().exp2()
+    return torch.where(torch.isfinite(d) & (d > 0), d, 1.0)
 
 
 def strength_transform(M: Tensor, t: float, where: str = "") -> Tensor:
     """``f_t(M)`` with ``f_t(x) = ((1 + x)^t − 1)/x``: [.., r, r] → [.., r, r] in float64.
 
     ``(I + W)^t = I + s·B·f_t(M)·A``: t = 1 gives I, t = −1 gives −(I + M)^-1, t = 0 gives 0. Whole t go by products
-    and solves; others by the logarithm (Gauss–Legendre) and a block matrix exponential.
+    and solves; others by the logarithm (roots and Gauss–Legendre) and a block matrix exponential.
 
     Raises:
         UsageError: the power does not exist, with ``where`` (the layer) named.

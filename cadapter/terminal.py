@@ -127,6 +127,11 @@ def _labelled(label: str, text: str) -> None:
     print(label + text.replace("\n", "\n" + " " * len(label)), file=sys.stderr, flush=True)
 
 
+def significant(value: float, digits: int = 4) -> str:
+    """``value`` with so many significant digits, zeros at the end included: 1.0003 is 1.000, and only zero is 0."""
+    return f"{value:#.{digits}g}".removesuffix(".") if value else "0"
+
+
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "l", footer: str = ""
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cadapter import algebra
+from cadapter.adapters.factors import LowRank
 from cadapter.errors import UsageError
 from tests.reference import naive
 
@@ -304,6 +305,52 @@ def test_strength_of_diagonal_cores_is_the_scalar_function(t):
     expected = [(t if abs(v) < 1e-10 else ((1 + v) ** t - 1) / v) for v in x.tolist()]
     found = algebra.strength_transform(torch.diag(x), t)
     torch.testing.assert_close(found.diagonal(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+BASIS = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)).Q
+BASIS = BASIS @ torch.diag(torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64))  # M is not symmetric
+
+
+@pytest.mark.parametrize("t", [0.5, -0.3, 1.7])
+@pytest.mark.parametrize("eigenvalue", [1e-4, 1e-3, 0.02, 5.0, 41.0, 100.0, 1e3, 1e4])
+def test_strength_of_eigenvalues_far_from_one(eigenvalue, t):
+    """``I + M`` with this eigenvalue beside others; its powers are those of the eigenvalues."""
+    x = torch.tensor([eigenvalue - 1, 0.1, -0.3, 1e-12], dtype=torch.float64)
+    inverse = torch.linalg.inv(BASIS)
+    found = algebra.strength_transform(BASIS @ torch.diag(x) @ inverse, t)
+    expected = BASIS @ torch.diag(torch.expm1(t * torch.log1p(x)) / x) @ inverse
+    assert torch.linalg.matrix_norm(found - expected) <= 1e-9 * torch.linalg.matrix_norm(expected)
+
+
+def test_a_large_defective_core_has_a_root():
+    M = 99 * torch.eye(3, dtype=torch.float64) + 100 * (JORDAN - 0.3 * torch.eye(3, dtype=torch.float64))
+    root = torch.eye(3, dtype=torch.float64) + M @ algebra.strength_transform(M, 0.5)
+    expected = torch.tensor([[10.0, 5.0, -1.25], [0.0, 10.0, 5.0], [0.0, 0.0, 10.0]], dtype=torch.float64)  # by hand
+    torch.testing.assert_close(root, expected, **CLOSE)
+
+
+def test_what_cannot_be_worked_out_is_said_truly():
+    """All eigenvalues of I + M are 0.1, none is near the negative axis: but four of them share one eigenvector."""
+    Q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    M = Q @ (torch.diag(torch.full((3,), 3.0), 1).double() - 0.9 * torch.eye(4, dtype=torch.float64)) @ Q.T
+    with pytest.raises(UsageError, match=r"layer 2: strength 0.5 cannot .* values from 3.7e-06 to 3.07, too far"):
+        algebra.strength_transform(M, 0.5, "layer 2")
+
+
+def test_the_scale_of_the_factors_against_each_other_says_nothing():
+    """W and its powers are the same, so is what exists of them; the scales are no powers of two."""
+    A, B, scale = random_factors(22, 0.5)
+    R = torch.tensor([1e5, 1.0, 7.0, 1e-3, *[1.0] * (RANK - 4)], dtype=torch.float64)
+    for t in (-1.0, 0.5, 3.0):
+        plain, other = LowRank(A, B).turned(t, scale, "here"), LowRank(A * R[:, None], B / R).turned(t, scale, "here")
+        torch.testing.assert_close(other.B @ other.A, plain.B @ plain.A, rtol=1e-9, atol=1e-12)
+    nothing = LowRank(A * R[:, None], torch.zeros_like(B)).turned(-1.0, scale, "here")
+    assert not nothing.B.any()
+    half = B.clone()
+    half[:, 1] = 0
+    turned = LowRank(A, half).turned(-1.0, scale, "here")
+    expected = naive.inverse_minus_identity(naive.full_matrix(A, half, scale))
+    torch.testing.assert_close(turned.B @ turned.A, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_strength_of_a_known_logarithm():

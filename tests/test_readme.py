@@ -8,6 +8,7 @@ parts.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -32,11 +33,13 @@ CONFIGURATION = ROOT / "docs" / "configuration.md"
 DEVELOPMENT = ROOT / "docs" / "development.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+REVIEWS = ROOT / "examples" / "reviews"
 COMMAND_PAGES = ROOT / "docs" / "commands"
 PAGES = [
     *DOCUMENTS,
     ROOT / "CHANGELOG.md",
-    *(ROOT / "examples" / name / "README.md" for name in ("reviews", "configs")),
+    REVIEWS / "README.md",
+    ROOT / "examples" / "configs" / "README.md",
 ]
 
 SKIPPED = {
@@ -56,7 +59,7 @@ ELSEWHERE = (
 """How lines begin that are no part of a project."""
 
 SMALLER = {"sequence_len": "64", "gradient_accumulation_steps": "2"}
-"""Keys of the README's config that the test makes smaller, and nothing else."""
+"""Keys of documented configs that the tests make smaller, and nothing else."""
 
 REFERENCE = re.compile(r"(<!-- reference: begin -->\n).*(<!-- reference: end -->\n)", re.DOTALL)
 CHAT_TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
@@ -100,9 +103,8 @@ def needs_processes(line: str) -> bool:
 # ---- the project ----------------------------------------------------------------------------------------------------
 
 
-def config_for_here() -> str:
-    """The README's config, with the keys of ``SMALLER``."""
-    (text,) = blocks(README, "toml")
+def for_here(text: str) -> str:
+    """A config with the keys of ``SMALLER``."""
     for key, value in SMALLER.items():
         text, count = re.subn(rf"^{key} = \d+", f"{key} = {value}", text, flags=re.MULTILINE)
         assert count == 1, key
@@ -120,7 +122,8 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file, kind in (("good", "positive"), ("bad", "negative"), ("neutral", "neutral")):
         write_jsonl(root / f"{file}.jsonl", texts(kind, 24))
     (root / "question.txt").write_text("What is best?\n", encoding="utf-8")
-    (root / "config.toml").write_text(config_for_here(), encoding="utf-8")
+    (config,) = blocks(README, "toml")
+    (root / "config.toml").write_text(for_here(config), encoding="utf-8")
     return root
 
 
@@ -253,6 +256,21 @@ def test_the_tutorial_can_be_followed(checkout: Path, tmp_path: Path) -> None:
         assert run_lines(lines[1:]) == SKIPPED[TUTORIAL.name]
     assert (root / "tutorial" / "suppress.gguf").is_file()
     assert (root / "tutorial" / "merged" / "config.json").is_file()
+
+
+def test_the_film_reviews_can_be_followed(fresh: Path, tmp_path: Path) -> None:
+    """With a tiny model and few texts under the names that the example's config has for its own."""
+    text = (REVIEWS / "config.toml").read_text("utf-8")
+    (tmp_path / "config.toml").write_text(for_here(text), encoding="utf-8")
+    config = load_config(REVIEWS / "config.toml")
+    shutil.copytree(fresh / "base", tmp_path / config.model_dir)
+    for dataset, file in zip(config.datasets, ("good", "bad"), strict=True):
+        shutil.copy(fresh / f"{file}.jsonl", tmp_path / dataset.dataset_path)
+    with inside(tmp_path):
+        assert run_lines(command_lines(REVIEWS / "README.md")) == {}
+    (contrast,) = [each for each in json.loads((tmp_path / "scores.json").read_text()) if "contrast" in each]
+    assert contrast["strengths"] == [1.0, -1.0]
+    assert (tmp_path / config.output_dir / "final" / "adapter_model.safetensors").is_file()
 
 
 def test_documents_have_command_lines() -> None:

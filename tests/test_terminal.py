@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pty
 import select
@@ -176,3 +177,13 @@ def test_messages_hold_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixtu
 
 def test_bars_are_spelt_where_blocks_are_missing() -> None:
     assert terminal.spelt("██▌ ▏ 12", "ascii") == "### | 12"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.0003, "1.000"), (0.4, "0.4000"), (0.0, "0"), (12.5, "12.50"), (1234.4, "1234"), (123456.0, "1.235e+05"),
+     (1e-7, "1.000e-07"), (-0.99996, "-1.000"), (math.inf, "inf"), (math.nan, "nan")],
+)  # fmt: skip
+def test_a_rounded_number_does_not_look_like_an_exact_one(value: float, shown: str) -> None:
+    assert terminal.significant(value) == shown
+    assert terminal.significant(1.0003, 3) == "1.00"

@@ -282,6 +282,17 @@ def _form_of(path: Path, config: Mapping[str, Any]) -> str:
     return form
 
 
+def _inverse_of(config: Mapping[str, Any], form: str, file: Path) -> str:
+    """How class −1 was trained.
+
+    The published tool records nothing: its general form is trained with the Neumann series of order 2, and its
+    symmetric form has an exact inverse.
+    """
+    published = config.get("peft_type") != CONTROL_TYPE
+    default = "neumann" if published and form == "general" else "exact"
+    return _one_of({"control_inverse": default, **config}, "control_inverse", INVERSES, file)
+
+
 def _check_orthonormal(layers: Mapping[int, Factors], file: Path) -> None:
     """Make sure that the columns of Q are orthonormal, on which every power of a symmetric adapter rests."""
     for layer, factors in layers.items():
@@ -359,7 +370,7 @@ def read_control_adapter(path: Path) -> ControlAdapterFiles:
         alpha=alpha * math.sqrt(rank) if flag(config, "use_rslora", file) and form == "general" else alpha,
         layers=layers,
         site=_one_of(config, "control_site", SITES, file),
-        inverse=_one_of(config, "control_inverse", INVERSES, file),
+        inverse=_inverse_of(config, form, file),
         neumann_order=order,
         base_model_type=name_or_none(config, "base_model_type", file),
         base_model_name_or_path=name_or_none(config, "base_model_name_or_path", file),

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cadapter.algebra import core, strength_transform
+from cadapter.algebra import balancing, core, strength_transform
 from cadapter.errors import UsageError
 
 
@@ -32,7 +32,11 @@ class LowRank:
         Raises:
             UsageError: this power does not exist; ``where`` (the layer) is named.
         """
-        return None if t == 1 else strength_transform(core(self.A.double(), self.B.double(), scale), t, where)
+        if t == 1:
+            return None
+        A, B = self.A.double(), self.B.double()
+        d = balancing(A, B)
+        return d[:, None] * strength_transform(core(A / d[:, None], B * d, scale), t, where) / d
 
     def turned(self, t: float, scale: float, where: str) -> LowRank:
         """A and B' = s·B·T of ``(I + W)^t = I + B'·A``; raises as :meth:`power` does."""

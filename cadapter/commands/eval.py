@@ -14,7 +14,6 @@ from cadapter.commands.shared_options import OverridesOption, trust_words
 if TYPE_CHECKING:
     from cadapter.config import Config
     from cadapter.steering.report import Report
-    from cadapter.steering.sampling import Sampled
     from cadapter.training.evaluation import Evaluation
 
 EXAMPLES = (
@@ -23,8 +22,9 @@ EXAMPLES = (
     "cadapter eval config.toml --strength -1:1:0.5 --data good.jsonl:1 --json scores.json",
 )
 
-SAMPLES, SAMPLE_TOKENS = 8, 64
-"""How many texts of how many tokens a steering report holds for each strength."""
+SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 8, 64, 0.8
+"""How many texts a steering report holds for each strength, of how many tokens, and how these are drawn."""
+SAMPLE_SEED = 0
 
 _TEXTS = "Which texts"
 _REPORT = "The report"
@@ -119,6 +119,9 @@ def command(
     sample_tokens: Annotated[
         int, typer.Option(metavar="N", help="Length of a sampled text.", min=1, rich_help_panel=_REPORT)
     ] = SAMPLE_TOKENS,
+    sample_temperature: Annotated[
+        float, typer.Option(metavar="X", help="0 always takes the most probable token.", rich_help_panel=_REPORT)
+    ] = SAMPLE_TEMPERATURE,
 ) -> None:
     """Score held-out documents with the base model and with the adapter at each strength.
 
@@ -142,6 +145,10 @@ def command(
     strengths = strengths_of(strength) if strength else None
     if kl_budget is not None and not (math.isfinite(kl_budget) and kl_budget > 0):
         raise UsageError(f"--kl-budget {kl_budget:g}: give a number above 0.")
+    if not (math.isfinite(sample_temperature) and sample_temperature >= 0):
+        raise UsageError(
+            f"--sample-temperature {sample_temperature:g}: give 0 (the most probable token) or a number above."
+        )
     directory = adapter or adapter_of_run(Path(settings.output_dir))
     for file in (html, json_file):
         check_report(file)
@@ -153,36 +160,18 @@ def command(
 
     from cadapter.terminal import warn
     from cadapter.training.evaluation import EvalOptions, evaluate
+    from cadapter.training.writing import Drawing
 
     sweep = sweep or html is not None
-    result = evaluate(settings, EvalOptions(directory, strengths, sweep, texts, neutral))
+    count = samples if samples is not None else SAMPLES if sweep else 0
+    drawing = Drawing(sample_tokens, sample_temperature, SAMPLE_SEED)
+    result = evaluate(settings, EvalOptions(directory, strengths, sweep, texts, neutral, count, drawing))
     if result is None:
         return
     for said in result.notes:
         warn(said)
-    count = samples if samples is not None else SAMPLES if sweep else 0
-    sampled = _sampled(settings, directory, result, count, sample_tokens) if count else None
-    _tell(_report(config, settings, directory, result, sampled, sweep, kl_budget), json_file, html)
+    _tell(_report(config, settings, directory, result, sweep, kl_budget), json_file, html)
     _note_next(settings, directory)
-
-
-def _sampled(settings: Config, directory: Path, result: Evaluation, count: int, tokens: int) -> Sampled | None:
-    """Texts at each strength; where there can be none, the user is told why."""
-    from cadapter.errors import CadapterError
-    from cadapter.models.generation import Sampling
-    from cadapter.steering.sampling import prompts_of, reason_not_to_sample, sample
-    from cadapter.terminal import progress, warn
-
-    prompts = prompts_of(result.documents, count)
-    reason = reason_not_to_sample(settings, result.stages) if prompts else "no document is long enough for a prompt"
-    if reason is None:
-        try:
-            with progress("sampling", total=tokens * len(result.strengths), unit="tokens") as advance:
-                return sample(settings, directory, result.strengths, prompts, Sampling(tokens), advance)
-        except CadapterError as error:
-            reason = str(error)
-    warn(f"No texts are sampled: {reason.removesuffix('.')}.")
-    return None
 
 
 def _report(
@@ -190,26 +179,28 @@ def _report(
     settings: Config,
     directory: Path,
     result: Evaluation,
-    sampled: Sampled | None,
     sweep: bool,
     kl_budget: float | None,
 ) -> Report:
     from cadapter.adapters.directory import CONFIG_NAME, kind_of, read_control_adapter
     from cadapter.convert.norms import measure, verdict
+    from cadapter.data import load_tokenizer
     from cadapter.steering.choosing import KL_BUDGET, choose
     from cadapter.steering.report import Report, remarks_of, single_classes
+    from cadapter.steering.sampling import sampled
 
     is_control = (directory / CONFIG_NAME).is_file() and kind_of(directory) == "control"
     files = read_control_adapter(directory) if sweep and is_control else None
     norms = measure(files) if files else {}
     budget, single = kl_budget or KL_BUDGET, single_classes(result.documents)
+    continued = result.continuations
     return Report(
         config=config,
         base=settings.model_dir,
         subject=directory,
         evaluation=result,
         choice=choose(result.contrasts, result.leans, result.costs, budget, single) if is_control else None,
-        sampled=sampled,
+        sampled=sampled(continued, load_tokenizer(settings).fast) if continued else None,
         adapter=files,
         norms=norms,
         verdict=tuple(verdict(files, norms)) if files else (),

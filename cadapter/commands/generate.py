@@ -102,15 +102,28 @@ def command(
 
 
 def _next_command(model: str, adapter: Path | None, strengths: tuple[float, ...], further: list[str]) -> str:
-    """After the base its training, after one strength all three, after these a model that has one in its weights."""
+    """After the base its training, after one strength all three, after these a model that has one in its weights.
+
+    After such a model, or one that was fine-tuned: its file for llama.cpp.
+    """
     import shlex
 
+    if adapter is None and _is_result(Path(model)):
+        return shlex.join(["python", "convert_hf_to_gguf.py", model, "--outfile", f"{Path(model).resolve().name}.gguf"])
     if adapter is None:
         return "cadapter train config.toml"
     if len(strengths) > 1:
         return shlex.join(["cadapter", "merge", model, str(adapter), "merged", *further])
     words = ["cadapter", "generate", model, "Once upon a time", "--adapter", str(adapter), "--compare"]
     return shlex.join([*words, *further])
+
+
+def _is_result(model: Path) -> bool:
+    """Whether a model came out of ``merge`` or of a run, so that there is nothing left to train."""
+    from cadapter.convert.merge import is_merged
+    from cadapter.training.run_directory import RECORD
+
+    return is_merged(model) or (model.resolve().parent / RECORD).is_file()
 
 
 def _continuations(

@@ -65,7 +65,7 @@ def command(
     from cadapter.convert.norms_plot import norms_picture
     from cadapter.errors import CheckFailed, UsageError
     from cadapter.files import STANDARD_OUTPUT, check_report, write_json_report, write_report
-    from cadapter.terminal import note, progress, set_quiet
+    from cadapter.terminal import note, progress, set_quiet, significant
 
     if fail_above is not None and not (math.isfinite(fail_above) and fail_above >= 0):
         raise UsageError(f"--fail-above {fail_above:g}: give a number of at least 0.")
@@ -93,8 +93,8 @@ def command(
     if above:
         worst = max(above, key=lambda layer: measured[layer].spectral)
         raise CheckFailed(
-            f"‖W‖₂ exceeds {fail_above:g} in {len(above)} of {len(measured)} layers: {measured[worst].spectral:.4g} in "
-            f"layer {worst}."
+            f"‖W‖₂ exceeds {fail_above:g} in {len(above)} of {len(measured)} layers: "
+            f"{significant(measured[worst].spectral)} in layer {worst}."
         )
 
 
@@ -109,7 +109,7 @@ def _title(control: ControlAdapterFiles) -> str:
 def _print_table(
     control: ControlAdapterFiles, measured: dict[int, Health], errors: dict[int, float], sentences: list[str]
 ) -> None:
-    from cadapter.terminal import table
+    from cadapter.terminal import significant, table
 
     columns = {label: [getattr(found, name) for found in measured.values()] for label, name in COLUMNS.items()}
     if errors:
@@ -117,7 +117,7 @@ def _print_table(
     rows = [(layer, *values) for layer, *values in zip(measured, *columns.values(), strict=True)]
     for name, summarise in (("largest", max), ("smallest", min), ("mean", _mean)):
         rows.append((name, *(summarise(values) for values in columns.values())))
-    shown = [(name, *(f"{value:.4g}" for value in values)) for name, *values in rows]
+    shown = [(name, *map(significant, values)) for name, *values in rows]
     labels = ("layer", *columns)
     table(_title(control), labels, shown, align="r" * len(labels), footer="\n".join(sentences))
 

@@ -99,4 +99,6 @@ def show_fidelity(
 
 
 def _numbers(mean: float, largest: float, top1: float) -> tuple[str, str, str]:
-    return f"{mean:.3g}", f"{largest:.3g}", f"{top1:.2%}"
+    from cadapter.terminal import significant
+
+    return significant(mean, 3), significant(largest, 3), f"{top1:.2%}"

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cadapter.classes import NEUTRAL
+from cadapter.classes import NEGATIVE, NEUTRAL
 from cadapter.config.rules import Problem
 from cadapter.config.schema import Config
 
 _CONTROL = (
     "control_class0_lambda", "control_inverse", "control_neumann_order", "control_form", "control_gamma",
-    "control_site",
+    "control_site", "class_weights",
 )  # fmt: skip
 _ADAPTERS = ("lora_rank", "lora_alpha", "lora_weight_dtype")
 _EVALUATIONS = ("evals_per_run", "eval_gradient_accumulation_steps", "early_stopping_patience", "sample_prompts")
+_STAGES = ("partition_method", "use_column_major_topology")
 _SAMPLES = ("sample_max_new_tokens", "sample_temperature", "sample_chat")
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
@@ -22,6 +23,16 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         _CONTROL,
         lambda config: not config.use_control_adapters,
         "has no effect without Control Adapters; remove it, or set use_control_adapters = true",
+    ),
+    (
+        ("class_weights.negative",),
+        lambda config: not _may_hold(config, NEGATIVE),
+        "has no effect without texts of class -1; remove it, or give a dataset with control_class = -1",
+    ),
+    (
+        _STAGES,
+        lambda config: config.pipeline_stages == 1,
+        "has no effect on a single stage; remove it, or set pipeline_stages above 1",
     ),
     (
         _ADAPTERS,
@@ -40,7 +51,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (
         ("control_class0_lambda",),
-        lambda config: config.control_class0_lambda > 0 and not _may_hold_neutral(config),
+        lambda config: config.control_class0_lambda > 0 and not _may_hold(config, NEUTRAL),
         "has no effect without texts of class 0; remove it, or give a dataset with control_class = 0",
     ),
     (
@@ -59,17 +70,26 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "has no effect with one evaluation, after the last step; remove it, or raise evals_per_run",
     ),
 )
-"""Keys, when they do nothing, and what is said of them. Of a key that several rules name, the first counts."""
+"""Keys, when they do nothing, and what is said of them. Of a key that several rules name, the first counts; of a key
+within an idle table nothing more is said."""
 
 
 def idle_keys(config: Config) -> list[Problem]:
     """The keys given in ``config`` that have no effect, as far as the config alone says."""
-    found: dict[str, Problem] = {}
+    found: dict[tuple[str, ...], Problem] = {}
     for keys, is_idle, text in _RULES:
         for key in keys:
-            if key in config.model_fields_set and key not in found and is_idle(config):
-                found[key] = Problem((key,), text)
+            path = tuple(key.split("."))
+            is_told = path in found or path[:1] in found
+            if not is_told and _is_given(config, path) and is_idle(config):
+                found[path] = Problem(path, text)
     return list(found.values())
+
+
+def _is_given(config: Any, path: tuple[str, ...]) -> bool:
+    """Whether a config, or a table of one, names the key at ``path``."""
+    name, *rest = path
+    return name in config.model_fields_set and (not rest or _is_given(getattr(config, name), tuple(rest)))
 
 
 def idle_in_run(
@@ -105,11 +125,16 @@ def _idle_in_run(config: Config, steps: int, layers: int, neutral_tokens: int) -
         alone = f"the model has {layers} layers only, of which the first alone is computed again"
         text = f'{alone}; give at most {layers}, or "none"'
         yield Problem(("activation_checkpointing",), text)
-    if config.control_class0_lambda > 0 and _may_hold_neutral(config) and not neutral_tokens:
+    if config.control_class0_lambda > 0 and _may_hold(config, NEUTRAL) and not neutral_tokens:
         text = "has no effect, since no text has class 0; remove it, or check what class_field says"
         yield Problem(("control_class0_lambda",), text)
 
 
-def _may_hold_neutral(config: Config) -> bool:
-    """Whether a dataset is of class 0, or its records say their class themselves."""
-    return any(dataset.control_class == NEUTRAL or dataset.class_field for dataset in config.datasets)
+def _may_hold(config: Config, control_class: int) -> bool:
+    """Whether a dataset is of this class, or its records say theirs themselves; pairs have the classes 1 and -1."""
+    return any(
+        dataset.control_class == control_class
+        or dataset.class_field
+        or (dataset.chosen_field and control_class != NEUTRAL)
+        for dataset in config.datasets
+    )

@@ -41,6 +41,11 @@ class _Conflict:
     text: str
 
 
+def _is_symmetric(config: Any) -> bool:
+    """Whether the adapters are Control Adapters in the symmetric form; without them ``control_form`` says nothing."""
+    return bool(config.use_control_adapters) and config.control_form == "symmetric"
+
+
 _CONFLICTS = (
     _Conflict(
         "full_fine_tune",
@@ -69,17 +74,17 @@ _CONFLICTS = (
     ),
     _Conflict(
         "lora_alpha",
-        lambda config: config.control_form == "symmetric" and config.lora_alpha is not None,
+        lambda config: _is_symmetric(config) and config.lora_alpha is not None,
         "the symmetric form has no scale; remove the key",
     ),
     _Conflict(
         "control_inverse",
-        lambda config: config.control_form == "symmetric" and config.control_inverse == "neumann",
+        lambda config: _is_symmetric(config) and config.control_inverse == "neumann",
         "the symmetric form has an exact inverse and needs no series; remove the key",
     ),
     _Conflict(
         "lora_weight_dtype",
-        lambda config: config.control_form == "symmetric" and config.lora_weight_dtype == "bfloat16",
+        lambda config: _is_symmetric(config) and config.lora_weight_dtype == "bfloat16",
         'bfloat16 cannot hold orthonormal directions, on which the inverse rests; use "float32"',
     ),
     _Conflict(

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from cadapter.convert.operators import work_dtype
 from cadapter.convert.plan import Plan
-from cadapter.convert.shards import TORCH_DTYPES, Entry, rewrite_shard
+from cadapter.convert.shards import Entry, rewrite_shard
 from cadapter.errors import CadapterError, UsageError
 from cadapter.files import new_directory, read_json, write_json, write_text
 from cadapter.models.checkpoint import INDEX_NAME, Checkpoint
+from cadapter.models.safetensors_format import DTYPES, NAMES
 from cadapter.models.saving import copy_companions
-
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass
@@ -63,7 +62,7 @@ class _Merger:
         new = old.to(work_dtype(old), copy=True)
         for change in self.plan.get(entry.name, []):
             change.apply_(new)
-        stored = new.to(TORCH_DTYPES[self.dtype or entry.dtype], copy=True)  # new is used up below
+        stored = new.to(DTYPES[self.dtype or entry.dtype], copy=True)  # new is used up below
         if not _fits(new, stored.dtype):
             raise UsageError(
                 f"{self.base.directory}: {entry.name} would hold NaN or infinite values in {stored.dtype}.\n"
@@ -121,7 +120,7 @@ def merge_model(
     """
     if getattr(base.config, "quantization_config", None) is not None:
         raise UsageError(f"{base.directory} is a quantised model.\nMerge into the model's unquantised weights.")
-    short = None if dtype is None else next(key for key, name in _DTYPE_NAMES.items() if name == dtype)
+    short = None if dtype is None else NAMES[getattr(torch, dtype)]
     merger = _Merger(base, plan, torch.device(device), short, advance)
     begun = time.monotonic()
     with new_directory(output, force) as directory:
@@ -147,6 +146,20 @@ def _write_index(base: Checkpoint, directory: Path, total_size: int) -> None:
         write_json(directory / INDEX_NAME, index)
 
 
+_CARD_BEGINS = "`cadapter merge` changed "
+_CARD_HEAD = 4096
+"""Bytes of a model card in which that stands, if it does."""
+
+
+def is_merged(directory: Path) -> bool:
+    """Whether :func:`merge_model` wrote the model in ``directory``, as its card says."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return False
+    with card.open("rb") as file:
+        return _CARD_BEGINS.encode() in file.read(_CARD_HEAD)
+
+
 def merge_card(base_name: str, recipe: list[str], notes: list[str], dtype: str | None, summary: MergeSummary) -> str:
     """README.md of a merged model: what was merged into what, and what that changed."""
     steps = "\n".join(f"{number}. {step}" for number, step in enumerate(recipe, start=1))
@@ -160,7 +173,7 @@ tags:
 
 # Merged model
 
-`cadapter merge` changed `{base_name}` by, in this order:
+{_CARD_BEGINS}`{base_name}` by, in this order:
 
 {steps}
 

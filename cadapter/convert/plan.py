@@ -29,9 +29,8 @@ from cadapter.convert.operators import (
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
 from cadapter.models.loading import make_skeleton
+from cadapter.models.safetensors_format import FLOATS
 from cadapter.models.stored import StoredWeights
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def add_product_(X: Tensor, B: Tensor, Z: Tensor) -> None:

@@ -1,13 +1,9 @@
 """Rewrite a safetensors shard tensor by tensor: what does not change is copied as bytes, and while a tensor is written
 the next one is worked out, so that two are in memory at most.
-
-A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} with
-optional ``__metadata__``, and the tensors' bytes without holes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections import deque
@@ -15,18 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from cadapter.errors import UsageError
-from cadapter.models.checkpoint import safetensors_header
+from cadapter.models.safetensors_format import DTYPES, FLOATS, Described, encoded_header, header_of
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that a merge computes with and writes, by safetensors' names."""
-
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _COPY_BYTES = 1 << 24
 
 
@@ -51,7 +43,7 @@ def read_header(file: Path) -> tuple[dict[str, str] | None, list[Entry]]:
         UsageError: the file is damaged.
     """
     try:
-        header, start = safetensors_header(file)
+        header, start = header_of(file)
         metadata = header.pop("__metadata__", None)
         entries = [
             Entry(name, part["dtype"], tuple(part["shape"]), *(start + offset for offset in part["data_offsets"][:2]))
@@ -60,22 +52,6 @@ def read_header(file: Path) -> tuple[dict[str, str] | None, list[Entry]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(f"{file} is damaged: {error}.") from error
     return metadata, sorted(entries, key=lambda entry: entry.start)
-
-
-def _encoded_header(
-    metadata: dict[str, str] | None, entries: list[Entry], dtype_of: Callable[[Entry], str]
-) -> tuple[bytes, int]:
-    """The header's bytes, padded so that the data is aligned, and the number of bytes that follow."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    offset = 0
-    for entry in entries:
-        dtype = dtype_of(entry)
-        size = entry.end - entry.start if dtype == entry.dtype else math.prod(entry.shape) * _ITEM_BYTES[dtype]
-        header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, offset
 
 
 def rewrite_shard(
@@ -91,7 +67,7 @@ def rewrite_shard(
     """
 
     def dtype_of(entry: Entry) -> str:
-        return dtype if dtype is not None and entry.dtype in TORCH_DTYPES else entry.dtype
+        return dtype if dtype is not None and entry.dtype in FLOATS else entry.dtype
 
     def is_replaced(entry: Entry) -> bool:
         return touched(entry) or dtype_of(entry) != entry.dtype
@@ -100,16 +76,24 @@ def rewrite_shard(
     if not any(is_replaced(entry) for entry in entries):
         shutil.copyfile(source, target)
         return sum(entry.end - entry.start for entry in entries)
-    header, size = _encoded_header(metadata, entries, dtype_of)
+    described = [_described(entry, dtype_of(entry)) for entry in entries]
+    beginning, _ = encoded_header(described, metadata)
     wanted = [replacement if is_replaced(entry) else None for entry in entries]
     with open(source, "rb") as old, open(target, "xb") as new:
-        new.write(header)
+        new.write(beginning)
         for entry, tensor in _one_ahead(entries, wanted):
             if tensor is not None:
                 new.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             else:
                 _copy_range(old, new, entry.start, entry.end)
-    return size
+    return sum(each.bytes for each in described)
+
+
+def _described(entry: Entry, dtype: str) -> Described:
+    """The entry as it is written, in ``dtype``; of a dtype that is kept nothing need be known."""
+    kept = dtype == entry.dtype
+    size = entry.end - entry.start if kept else math.prod(entry.shape) * DTYPES[dtype].itemsize
+    return Described(entry.name, dtype, entry.shape, size)
 
 
 def _one_ahead(entries: Sequence[Entry], makers: Sequence[Replacement | None]) -> Iterator[tuple[Entry, Tensor | None]]:

@@ -70,12 +70,14 @@ def build_stream(
                 _write_sequences(directory / file, config, stream, pieces, store, layout)
                 for file, pieces in ((cache.TRAIN, train), (cache.EVALUATION, evaluation))
             ]
-            check_vocabulary(tokenizer.directory, max(each.largest for each in packed))
-            arrow.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout))
+            largest = [each.largest for each in packed]
+            arrow.write_documents(directory / cache.DOCUMENTS, _alone_each(store, evaluation, layout, largest))
+            check_vocabulary(tokenizer.directory, max(largest))
     return {
         "datasets": counted,
         "dropped_tokens": sum(each.dropped for each in packed),
         "split_documents": sum(each.split for each in packed),
+        "largest_id": max(largest),
     }
 
 
@@ -246,7 +248,12 @@ def alone(ids: np.ndarray, trained: np.ndarray, layout: Layout) -> tuple[np.ndar
     return ids[:length], trained[:length], max(0, len(ids) - length)
 
 
-def _alone_each(store: TokenStore, pieces: Pieces, layout: Layout) -> Iterator[arrow.NumberedDocument]:
+def _alone_each(
+    store: TokenStore, pieces: Pieces, layout: Layout, largest: list[int]
+) -> Iterator[arrow.NumberedDocument]:
+    """Yield the documents ``pieces`` by themselves; the largest token id of each goes to ``largest``."""
     for number in range(len(pieces)):
         own = pieces.select(np.array([number]))
-        yield int(own.datasets[0]), int(own.classes[0]), *alone(*store.read(own.starts, own.stops), layout)
+        ids, trained, cut = alone(*store.read(own.starts, own.stops), layout)
+        largest.append(int(ids.max()))
+        yield int(own.datasets[0]), int(own.classes[0]), ids, trained, cut

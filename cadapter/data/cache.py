@@ -121,6 +121,15 @@ class Entry:
     documents: list[HeldOutDocument]
     statistics: dict[str, Any]
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id; where the builder, of an earlier version, did not note it, all are looked through."""
+        noted = self.statistics.get("largest_id")
+        if noted is not None:
+            return int(noted)
+        documents = (int(document.ids.max()) for document in self.documents)
+        return max(self.train.largest_id, self.evaluation.largest_id, *documents)
+
 
 def file_hash(path: Path) -> str:
     """Return the SHA-256 (hex) of a file, read in pieces."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from cadapter.config import Config, DatasetConfig
 from cadapter.data import cache
 from cadapter.data.bad_records import BadRecords
-from cadapter.data.building import build_stream
+from cadapter.data.building import build_stream, check_vocabulary
 from cadapter.data.records import Fields
 from cadapter.data.sequences import HeldOutDocument, PackedSequences, with_pairs
 from cadapter.data.sources import COMPRESSIONS, resolve_files
@@ -152,7 +152,9 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
             built.append(directory)
         done.add(recipe.key)
         entry = cache.open_entry(directory, config.sequence_len, [dataset.name for dataset in stream])
-        bad.count += _skipped(directory) if found else 0
+        if found:
+            check_vocabulary(tokenizer.directory, entry.largest_id)  # the model may be another one than then
+            bad.count += _skipped(directory)
         entries.append(entry)
         keys.append(recipe.key)
         reports += _reports(stream, entry, found is not None, reason)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from cadapter.classes import NEGATIVE, POSITIVE
-from cadapter.data.packing import BOUNDARY, DOCUMENT_START, TRAINED, SequenceBlock
+from cadapter.data.packing import BOUNDARY, TRAINED, SequenceBlock
 
 
 class PackedSequences:
@@ -47,14 +47,15 @@ class PackedSequences:
         positive, negative, neutral = self.counts.sum(axis=0, dtype=np.int64).tolist()
         return positive, negative, neutral
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in all sequences, which are read for it; 0 where there are none."""
+        return max((int(block.ids.max()) for block in self._blocks), default=0)
+
     def rows(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (ids int32, classes int8, trained bool), each [n, S], of the sequences ``indices`` [n]."""
         ids, classes, flags = self.gather(indices)
         return ids, classes, (flags & (TRAINED | BOUNDARY)) == TRAINED
-
-    def document_starts(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return [n, S] bool: where a document begins in the sequences ``indices`` [n]."""
-        return (self.gather(indices)[2] & DOCUMENT_START) != 0
 
     def gather(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (ids, classes, flags) of the sequences ``indices``, as a block has them."""

@@ -297,7 +297,7 @@ class _Encoder:
         finished = []
         for document, (ids, trained), text in zip(record.documents, encoded, texts, strict=True):
             if not len(ids) or not document.text.strip():
-                ids = ids[:0]
+                ids, trained = ids[:0], None if trained is None else trained[:0]
             elif trained is None:
                 ids = self._framing.document(ids)
             else:
@@ -305,7 +305,8 @@ class _Encoder:
             if self._framing.masked:
                 kept = ~self._masked[np.minimum(ids, len(self._masked) - 1)]
                 trained = kept if trained is None else trained & kept
-            if document.trained is not None and document.control_class != NEUTRAL and not np.any(trained):
+            must_train = document.trained is not None and document.control_class != NEUTRAL
+            if must_train and len(ids) and not np.any(trained):
                 raise UsageError(f"{record.where}: the chat trains no token.\nThe record: {document.text[:600]}")
             finished.append(_Encoded(ids, trained, document.control_class, key, text))
         return _Tokenised(finished, record.where)

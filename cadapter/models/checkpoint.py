@@ -7,7 +7,6 @@ pipeline stage reads its own layers only.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -23,15 +22,10 @@ from cadapter.errors import UsageError
 from cadapter.files import read_json, refuse_links_out
 from cadapter.models import own_code
 from cadapter.models.reading import Reader, Stretch
+from cadapter.models.safetensors_format import DTYPES, header_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 """What is downloaded of a model named by its hub id: never pickled weights, and code only where it is asked for."""
@@ -52,7 +46,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size on disk in bytes."""
-        dtype = _DTYPES.get(self.dtype)
+        dtype = DTYPES.get(self.dtype)
         return math.prod(self.shape) * (4 if dtype is None else dtype.itemsize)
 
 
@@ -208,7 +202,7 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> None:
         try:
-            header, start = safetensors_header(self.directory / file)
+            header, start = header_of(self.directory / file)
             with safe_open(self.directory / file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                     part = shard.get_slice(name)
@@ -267,7 +261,7 @@ class Checkpoint:
             self.seconds_reading += time.monotonic() - started
 
     def _read(self, wanted: list[str], device: torch.device) -> dict[str, torch.Tensor]:
-        if device.type == "cuda" and all(self.dtype(name) in _DTYPES for name in wanted):
+        if device.type == "cuda" and all(self.dtype(name) in DTYPES for name in wanted):
             return self.tensors_at_once(wanted, device)
         by_file: dict[str, list[str]] = {}
         for name in wanted:
@@ -290,9 +284,7 @@ class Checkpoint:
             UsageError: a name is missing or a shard is damaged.
         """
         known = {name: self.info(name) for name in names}
-        found = {
-            name: torch.empty(info.shape, dtype=_DTYPES[info.dtype], device=device) for name, info in known.items()
-        }
+        found = {name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device=device) for name, info in known.items()}
         if self._reader is None:
             self._reader = Reader(device)
         try:
@@ -312,16 +304,3 @@ def open_model(model: str | Path, trust_remote_code: bool = False) -> Checkpoint
         UsageError: it is no usable model, or needs code of its own that is not allowed to run.
     """
     return Checkpoint(resolve_model(model, trust_remote_code=trust_remote_code), trust_remote_code)
-
-
-def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and the byte behind it, from which its offsets count.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, or has no such header.
-    """
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size - 8:
-            raise ValueError("its header is longer than the file")
-        return json.loads(opened.read(length)), 8 + length

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadapter.errors import UsageError
-
 MODULES = ATTENTION, MLP = ("self_attn", "mlp")
 """The names that the two modules of a block have in every family of the table."""
 
@@ -120,17 +118,6 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family(added=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "smollm3": LLAMA,
 }
-
-
-def family_of(model_type: str) -> Family:
-    """Return the facts of ``model_type`` from the table.
-
-    Raises:
-        UsageError: the family is not in the table.
-    """
-    if model_type not in FAMILIES:
-        raise UsageError(f"Models of type {model_type!r} are not in the table of families: {', '.join(FAMILIES)}.")
-    return FAMILIES[model_type]
 
 
 def config_number(config: Any, key: str | None, default: float = 1.0) -> float:

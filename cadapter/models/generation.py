@@ -98,29 +98,13 @@ class _Counter:
 def continuation(
     model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, advance: Callable[[int], None] = lambda tokens: None
 ) -> str:
-    """Return what ``model`` writes after ``ids`` [1, T], without special tokens; see :func:`continuations`."""
-    (written,) = continuations(model, tokenizer, ids, sampling, advance)
-    return tokenizer.decode(written.ids, skip_special_tokens=True)
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a model wrote after a prompt: token ids, and whether the last of them ended the text."""
-
-    ids: list[int]
-    ended: bool
-
-
-def continuations(
-    model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, advance: Callable[[int], None] = lambda tokens: None
-) -> list[Continuation]:
-    """Return what ``model`` writes after each of the prompts ``ids`` [N, T].
+    """Return what ``model`` writes after ``ids`` [1, T], without special tokens.
 
     Only ``sampling`` decides: defaults that a model brings along (top-k, penalties) are left aside, except for which
-    tokens end a text. The same seed gives the same texts on the same machine.
+    tokens end a text. The same seed gives the same text on the same machine.
 
     Args:
-        advance: called with 1 after each token that is appended to all of them.
+        advance: called with 1 after each token.
     """
     from transformers import GenerationConfig
 
@@ -132,7 +116,7 @@ def continuations(
     plain = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,  # fills rows that have ended; without a value generate complains
+        pad_token_id=ends[0] if ends else 0,  # there is nothing to fill; without a value generate complains
         **chosen,
     )
     model.generation_config = plain  # what is not set in the one passed is taken from here
@@ -142,13 +126,7 @@ def continuations(
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=plain, streamer=_Counter(advance)
         )
-    return [_until_end(row, set(ends)) for row in output[:, ids.shape[1] :].tolist()]
-
-
-def _until_end(written: list[int], ends: set[int]) -> Continuation:
-    """What was written up to the first end token; what follows it only fills the row."""
-    at = next((place for place, token in enumerate(written) if token in ends), None)
-    return Continuation(written if at is None else written[: at + 1], at is not None)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def end_tokens_of(directory: Path, config: Any, tokenizer: Any) -> list[int]:

@@ -77,14 +77,16 @@ class Frame:
     """What every block of one stage is called with besides hidden states: positions, rotary embeddings, masks.
 
     It is what the model's own forward pass hands to its blocks (see :mod:`cadapter.models.shell`). Where documents see
-    those before them it depends on the sequence length alone, so it is found out once for each length. Where they are
-    isolated it depends on the positions: it is found out once for each micro-batch, and kept for as long as the
-    micro-batch's positions are, so that blocks that are computed again find it.
+    those before them it depends on the sequence length alone: it is found out once and kept until another length comes,
+    and no longer, since a mask grows with the square of its length. Where they are isolated it depends on the
+    positions: it is found out once for each micro-batch, and kept for as long as the micro-batch's positions are, so
+    that blocks that are computed again find it.
     """
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
-        self._made: dict[int, list[dict[str, Any]]] = {}
+        self._length = 0
+        self._made: list[dict[str, Any]] = []
         self._isolated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def arguments(self, hidden: Tensor, index: int, positions: Tensor | None = None) -> dict[str, Any]:
@@ -94,9 +96,10 @@ class Frame:
                 self._isolated[positions] = self._model.isolating_arguments(positions)
             return self._isolated[positions][index]
         length = hidden.shape[1]
-        if length not in self._made:
-            self._made[length] = self._model.block_arguments(length)
-        return self._made[length][index]
+        if length != self._length:
+            self._made = []  # first, so that there need not be room for both
+            self._made, self._length = self._model.block_arguments(length), length
+        return self._made[index]
 
 
 class EmbeddingLayer(nn.Module):
@@ -235,7 +238,7 @@ class HeadInputs(NamedTuple):
 
     Attributes:
         hidden: normed hidden states, [B, T, H].
-        weights: the head's weight [V, H] that all rows share, or one for each row.
+        weights: the head's weight [V, H] that all rows share, or one for each of some equal parts of the rows.
         logits: what is done to the products of the two.
         codes, penalty: as in :class:`Carrier`.
     """

@@ -24,7 +24,7 @@ from cadapter.models.quantise import (
     refuse_unfit,
     stored_bytes,
 )
-from cadapter.models.shell import arguments_at, check_cut, inferred_family, inner_model, record_calls
+from cadapter.models.shell import arguments_after, arguments_at, check_cut, inferred_family, inner_model, record_calls
 from cadapter.models.stored import StoredWeights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -249,6 +249,11 @@ class CausalLM:
         embeddings = torch.zeros((), dtype=self.dtype, device=self.device).expand(*positions.shape, self.hidden_size)
         # A copy: the arguments may hold the positions, and what holds its own key is never let go.
         return arguments_at(self.skeleton, embeddings, positions.to(self.device, copy=True))
+
+    def cached_arguments(self, length: int, cache: Any) -> list[dict[str, Any]]:
+        """The same for the next ``length`` tokens, where ``cache`` holds the keys and values of those before them."""
+        embeddings = torch.zeros(1, length, self.hidden_size, dtype=self.dtype, device=self.device)
+        return arguments_after(self.skeleton, embeddings, cache)
 
     def _compare_names(self) -> None:
         def is_ours(name: str) -> bool:

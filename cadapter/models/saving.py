@@ -3,15 +3,11 @@
 The model's skeleton says all names, shapes and sizes before the first tensor is there. So the shards are laid out
 first, and each tensor is written to its place when its part comes: in any order, with one part in memory (and the
 copies that taking its fused experts apart needs).
-
-A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} with
-optional ``__metadata__``, and the tensors' bytes without holes.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +21,7 @@ from cadapter.errors import CadapterError
 from cadapter.files import read_json, write_json
 from cadapter.models.checkpoint import INDEX_NAME, SINGLE_NAME
 from cadapter.models.own_code import code_files
+from cadapter.models.safetensors_format import NAMES, Described, encoded_header
 
 SHARD_BYTES = 5 * 10**9
 """Bytes of tensors that a shard holds at most; a larger tensor has a shard of its own."""
@@ -38,10 +35,6 @@ COPIED = (
 _NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 _SHARD_NAME = "model-{:05d}-of-{:05d}.safetensors"
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None, with_code: bool = False) -> list[str]:
@@ -189,21 +182,16 @@ class ModelWriter:
         return places
 
     def _lay_out_shard(self, file: str, tensors: dict[str, Tensor]) -> dict[str, _Place]:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, tensor in tensors.items():
-            start, end = end, end + tensor.nbytes
-            dtype = _SAFETENSORS_NAMES[tensor.dtype]
-            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        first = 8 + len(text)
+        described = [
+            Described(name, NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()
+        ]
+        beginning, places = encoded_header(described, {"format": "pt"})
         with open(self._target / file, "xb") as shard:
-            shard.write(len(text).to_bytes(8, "little") + text)
-            shard.truncate(first + end)
+            shard.write(beginning)
+            shard.truncate(places[-1])
         return {
-            name: _Place(file, first + header[name]["data_offsets"][0], tuple(tensor.shape), tensor.dtype)
-            for name, tensor in tensors.items()
+            name: _Place(file, start, tuple(tensor.shape), tensor.dtype)
+            for (name, tensor), start in zip(tensors.items(), places, strict=False)
         }
 
     def _write(self, name: str, tensor: Tensor) -> None:

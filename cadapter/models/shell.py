@@ -141,15 +141,14 @@ def record_calls(skeleton: Any, embeddings: Tensor, token: int = 0) -> tuple[Ten
 
 
 def _run_recorded(
-    skeleton: Any, embeddings: Tensor, token: int, positions: Tensor | None = None
+    skeleton: Any, embeddings: Tensor, token: int, use_cache: bool = False, **further: Any
 ) -> tuple[list[_Call], Tensor]:
     inner = inner_model(skeleton)
     calls: list[_Call] = []
     recorders = nn.ModuleList(_Recorder(block, number, calls) for number, block in enumerate(inner.layers))
     ids = torch.full(embeddings.shape[:2], token, device=embeddings.device)
-    own = {} if positions is None else {"position_ids": positions}
     with _replaced(inner, embed_tokens=_Constant(embeddings), layers=recorders, norm=_AddTwo()):
-        return calls, inner(input_ids=ids, use_cache=False, **own).last_hidden_state
+        return calls, inner(input_ids=ids, use_cache=use_cache, **further).last_hidden_state
 
 
 @torch.no_grad()
@@ -159,7 +158,14 @@ def arguments_at(skeleton: Any, embeddings: Tensor, positions: Tensor) -> list[d
     Positions that begin again begin a document that sees none before it: transformers' mask functions heed that where
     there is no key-value cache and no other mask. That the pass is a chain of blocks is not checked again.
     """
-    return [call.arguments for call in _run_recorded(skeleton, embeddings, 0, positions)[0]]
+    return [call.arguments for call in _run_recorded(skeleton, embeddings, 0, position_ids=positions)[0]]
+
+
+@torch.no_grad()
+def arguments_after(skeleton: Any, embeddings: Tensor, cache: Any) -> list[dict[str, Any]]:
+    """The keyword arguments of each block for embeddings [1, T, H] of what follows the tokens in ``cache``."""
+    calls, _ = _run_recorded(skeleton, embeddings, 0, use_cache=True, past_key_values=cache)
+    return [call.arguments for call in calls]
 
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ class RunSizes:
 
     Attributes:
         kind: "control", "lora" or "full".
-        layer_bytes: bytes of weights of each pipeline layer (embedding, blocks, norm with head) on the GPU.
+        layer_bytes: bytes of weights of each pipeline layer (embedding, blocks, norm with head) on the GPU; where the
+            head is tied, those of the embedding as well.
         trainable: trained numbers of each pipeline layer.
         per_number: bytes of each.
         blocks: the decoder blocks, in order.
@@ -50,7 +51,8 @@ class RunSizes:
         accumulation: micro-batches of a step.
         compiled: whether blocks are compiled.
         four_bit: whether their weights are held in 4 bits.
-        tied: whether the head's weight is the embedding's: one tensor where one stage holds both, else two copies.
+        tied: whether the head's weight is the embedding's: one tensor where one stage holds both, else two copies, of
+            which the embedding's is on the host unless it is trained.
         penalty, dropout, positions: which optional parts travel from stage to stage.
     """
 
@@ -144,9 +146,10 @@ def stage_memory(run: RunSizes, bounds: Sequence[int], stage: int, keep_of: Call
     first, stop, stages = bounds[stage], bounds[stage + 1], len(bounds) - 1
     weights, numbers = sum(run.layer_bytes[first:stop]), sum(run.trainable[first:stop])
     last = stop == len(run.layer_bytes)
-    if run.tied and last:
-        weights -= run.layer_bytes[0] if first == 0 else 0
-        numbers += run.trainable[0] if first > 0 else 0
+    if run.tied and first == 0 and (last or not run.trainable[0]):
+        weights -= run.layer_bytes[0]
+    if run.tied and last and first > 0:
+        numbers += run.trainable[0]
     held = [index - 1 for index in range(first, stop) if 0 < index <= len(run.blocks)]
     # What comes from another stage has a gradient that goes back there, whatever is trained.
     reached = {index: stage > 0 or index + 1 > run.first_trained for index in held}

@@ -171,9 +171,10 @@ def _samples(report: Report) -> str:
     if folded:
         count = len(blocks) - PROMPTS_SHOWN
         folded = f"<details><summary>{count} more prompts</summary>{folded}</details>"
+    drawn = f"drawn at temperature {sampled.temperature:g} from the same random numbers at every strength"
     lead = (
-        f"The beginnings of {len(sampled.prompts)} scored documents, continued by up to {sampled.new_tokens} tokens "
-        "from the same random numbers at every strength."
+        f"The beginnings of {len(sampled.prompts)} scored documents, continued by up to {sampled.new_tokens} tokens, "
+        f"{drawn if sampled.temperature else 'the most probable one each time'}."
     )
     cards = _cards(sample_figures(report))
     return _section("Samples side by side", lead, cards + "".join(blocks[:PROMPTS_SHOWN]) + folded)

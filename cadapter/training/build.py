@@ -28,7 +28,7 @@ from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.planning.memory import RunSizes
 from cadapter.terminal import note, warn
 from cadapter.training.caching import prepare_in_turn
-from cadapter.training.distributed import GradientGroups, World, new_group, sum_over_world
+from cadapter.training.distributed import GradientGroups, World, from_main, new_group, on_main, sum_over_world
 from cadapter.training.engine import Pipeline
 from cadapter.training.gradients import Gradients
 from cadapter.training.layout import Layout, stage_bounds
@@ -99,12 +99,14 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     # A checkpoint of full fine-tuning is the model itself.
     model = load_base(config, world, resume_from if config.full_fine_tune else None)
     mode = mode_of(config, model)
+    on_main(mode.look_up_base, world)
     if config.init_from is not None and resume_from is None:
         mode.check_start(Path(config.init_from))
     if config.document_attention == "isolated":
         check_isolation(model)
     bounds = stage_bounds(config.partition_method, layout.stages, model.layer_bytes(), mode.trainable())
     data = prepare_together(config, world)
+    _check_early_stopping(config, data)
     has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
     by_record = any(dataset.class_field for dataset in config.datasets)
     if has_neutral and not weighs_neutral(config) and by_record and world.is_main:
@@ -113,7 +115,8 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     _check_that_something_trains(data.train.trained, loss_settings(config, mode, carrier))
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
     sizes = sizes_of(config, model, mode, carrier, compiles(config, model))
-    builder = StageBuilder(model, mode, carrier, _recompute(config, world, sizes, bounds), runner)
+    recompute = _recompute(config, world, sizes, bounds)
+    builder = StageBuilder(model, mode, carrier, recompute, runner, layout.stages)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     done = Position() if resume_from is None else load_checkpoint(resume_from).position
     steps = BatchPlan(
@@ -144,6 +147,22 @@ def _check_that_something_trains(trained: Sequence[int], settings: LossSettings)
         raise UsageError(
             f"Nothing would be trained: the training data's tokens ({there}) all have the weight 0.\n"
             "Set class_weights above 0, and control_class0_lambda for class 0."
+        )
+
+
+def _check_early_stopping(config: Config, data: PreparedData) -> None:
+    """Make sure that early stopping has a loss to go by.
+
+    Raises:
+        UsageError: no held-out token has one.
+    """
+    if config.early_stopping_patience is None or data.evaluation is None:
+        return
+    positive, negative, _ = data.evaluation.trained
+    if not config.class_weights.positive * positive + config.class_weights.negative * negative:
+        raise UsageError(
+            "early_stopping_patience waits for a lower eval/loss, and there is none: all held-out texts are of class 0 "
+            "or of a class of weight 0.\nRemove early_stopping_patience, or give texts of class 1 or -1."
         )
 
 
@@ -209,7 +228,7 @@ def build_run(
         given: keys of the config that ``--set`` names, which may differ from the checkpoint's.
     """
     config, layout, builder, facts = plan.config, plan.layout, plan.builder, run_facts(plan)
-    saved = None if resume_from is None else _saved(plan, facts, directory, resume_from, given)
+    saved = None if resume_from is None else _saved(plan, facts, directory, resume_from, given, world)
     settings = loss_settings(config, plan.mode, builder.carrier)
     is_compiled = compiles(config, plan.model)
     averaged_over = config.gradient_accumulation_steps * layout.replicas
@@ -266,7 +285,7 @@ def build_run(
 
 
 def _saved(
-    plan: Plan, facts: dict[str, Any], directory: RunDirectory, checkpoint: Path, given: Collection[str]
+    plan: Plan, facts: dict[str, Any], directory: RunDirectory, checkpoint: Path, given: Collection[str], world: World
 ) -> Saved:
     """Read a checkpoint and make sure, before any weight is read, that the run can go on from it.
 
@@ -275,12 +294,15 @@ def _saved(
     """
     saved, total = load_checkpoint(checkpoint), plan.steps.total_steps
     check_facts(saved, facts, excused_facts(given))
-    # Killed after its last checkpoint, a run has still to write final/.
-    written = is_written_out(checkpoint, directory.final)
-    if written and saved.position.is_enough(plan.config.early_stopping_patience):
+    step, stopped = saved.position.step, saved.position.is_enough(plan.config.early_stopping_patience)
+    if step < total and not stopped:
+        return saved
+    # Killed after its last checkpoint, a run has still to write final/, which is read to know it: by one process.
+    found = world.is_main and is_written_out(checkpoint, directory.final, world.watch.moved)
+    written = bool(from_main("yes" if found else "", world))
+    if written and stopped:
         raise UsageError(f"{checkpoint} is the end of this run already.\n{saved.position.why_enough()}")
-    left_to_write = saved.position.step == total and not written
-    if saved.position.step >= total and not left_to_write:
+    if step > total or (step == total and written):
         raise UsageError(
             f"{checkpoint} is the end of this run already: {saved.position.step} of {total} steps.\n"
             "Raise epochs or max_steps to go on."

@@ -7,7 +7,7 @@ one forward pass gives the base's and the adapted distributions, and the last st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from cadapter.config import Config
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
 from cadapter.data.remarks import held_out_warnings
 from cadapter.errors import UsageError
+from cadapter.models.cached import cached_frame
 from cadapter.models.layers import CarrierFormat
 from cadapter.terminal import progress, warn
 from cadapter.training.build import prepare_together
+from cadapter.training.continuations import Continuations, continuations, prompts_of
 from cadapter.training.distributed import World, sum_over_world
 from cadapter.training.engine import Pipeline, PipelineBatch, check_deepspeed
 from cadapter.training.failures import joined_world
@@ -32,6 +34,7 @@ from cadapter.training.recompute import Recompute
 from cadapter.training.scores import TOKENS, Contrast, Cost, Lean, Score, contrasts, costs, leans, score_datasets
 from cadapter.training.stages import StageBuilder
 from cadapter.training.subjects import subject_of
+from cadapter.training.writing import Drawing, Writer
 
 ROWS_AT_ONCE = 9
 """How often a micro-batch holds its document at most: the base and eight strengths. More strengths take more passes, so
@@ -48,6 +51,7 @@ class EvalOptions:
         strengths: None: those that the adapter is evaluated at by default, with ``sweep`` from −2 to 2.
         data: files with their classes, instead of the run's held-out documents.
         neutral: a file of neutral texts, beside the others.
+        samples: so many texts are written at each strength, as ``drawing`` says; without it none.
     """
 
     adapter: Path
@@ -55,6 +59,8 @@ class EvalOptions:
     sweep: bool = False
     data: tuple[tuple[str, int], ...] = ()
     neutral: str | None = None
+    samples: int = 0
+    drawing: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Evaluation:
         on_neutral: whether costs are those of neutral documents, and not of all for want of them.
         documents: those scored.
         skipped: how many documents hold no token to score.
-        stages: pipeline stages that the model was spread over.
+        continuations: texts written at each strength; None where none were asked for.
         notes: what the user must hear.
     """
 
@@ -79,7 +85,7 @@ class Evaluation:
     on_neutral: bool
     documents: list[HeldOutDocument]
     skipped: int
-    stages: int
+    continuations: Continuations | None
     notes: tuple[str, ...]
 
 
@@ -112,7 +118,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     world.watch.lay_out(layout.stage, layout.stages)
     world.watch.enter("loading the model")
     loss = ComparisonLoss()
-    builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0))
+    builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0), stages=layout.stages)
     bounds = stage_bounds("estimated_size", layout.stages, subject.model.layer_bytes(), subject.mode.trainable())
     pipeline = Pipeline(builder.builders(), bounds, layout, loss, rows, 1, world.watch.moved)
     subject.install(pipeline.layers())
@@ -120,7 +126,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     shared = {length: _share(group, layout) for length, group in _by_length(documents, config.sequence_len).items()}
     sums = torch.zeros(len(documents), len(strengths), TOKENS + 1, dtype=torch.float64)
     total = len(passes) * sum(map(len, shared.values()))
-    with progress("scoring", total=total, unit="documents") if world.is_main else nullcontext(_silent) as advance:
+    with _shown(world, "scoring", total, "documents") as advance:
         for codes in passes:
             for length, shares in shared.items():
                 pipeline.evaluate(_micro_batches(documents, shares, length, codes, advance), len(shares))
@@ -128,10 +134,19 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
                 if index >= 0:
                     sums[index, codes] = values
     sums = sum_over_world(sums.to(world.device)).cpu()
+    continued = None
+    if options.samples and options.drawing is not None:
+        world.watch.enter("sampling")
+        tokens_at_once, parts, cached = rows * max(shared), len(subject.models), cached_frame(subject.models)
+        writer = Writer(pipeline, layout, world, tokens_at_once, parts, cached)
+        prompts, drawing = prompts_of(documents, options.samples), options.drawing
+        total = len(prompts) * len(strengths) * drawing.max_new_tokens
+        with _shown(world, "sampling", total, "tokens") as advance:
+            continued = continuations(prompts, subject, load_tokenizer(config).fast, writer, drawing, advance)
     if not world.is_main:
         return None
     notes = tuple(said for said in (*subject.notes, unknown, *hardly_meant) if said)
-    return _evaluation(sums.numpy(), strengths, documents, len(found) - len(documents), layout.stages, notes)
+    return _evaluation(sums.numpy(), strengths, documents, len(found) - len(documents), continued, notes)
 
 
 def _evaluation(
@@ -139,7 +154,7 @@ def _evaluation(
     strengths: list[float],
     documents: list[HeldOutDocument],
     skipped: int,
-    stages: int,
+    continued: Continuations | None,
     notes: tuple[str, ...],
 ) -> Evaluation:
     names, classes = [each.dataset for each in documents], [each.control_class for each in documents]
@@ -156,9 +171,14 @@ def _evaluation(
         on_neutral=on_neutral,
         documents=documents,
         skipped=skipped,
-        stages=stages,
+        continuations=continued,
         notes=notes,
     )
+
+
+def _shown(world: World, what: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]:
+    """Progress, shown by one process."""
+    return progress(what, total=total, unit=unit) if world.is_main else nullcontext(_silent)
 
 
 def _silent(_n: int = 1) -> None:

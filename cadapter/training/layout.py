@@ -54,11 +54,6 @@ class Layout:
         """Whether this process holds the embedding."""
         return self.stage == 0
 
-    @property
-    def last_stage(self) -> bool:
-        """Whether this process holds the head and computes the loss."""
-        return self.stage == self.stages - 1
-
     def stage_leaders(self) -> list[int]:
         """The ranks of replica 0, one for each stage in order."""
         return [stage if self.column_major else stage * self.replicas for stage in range(self.stages)]

@@ -24,8 +24,9 @@ from cadapter.training.optimiser import Optimiser
 from cadapter.training.recompute import slower
 
 SPARE_BYTES = 256 * 2**20
-"""What must be left beside a rehearsed step. It is an allowance, and no measured need: later steps find memory in other
-pieces than the first, and NCCL may take more when it chooses another algorithm than for the messages sent here."""
+"""What must be left beside a rehearsed step. It is an allowance: later steps find memory in other pieces than the
+first, and NCCL may take more when it chooses another algorithm than for the messages sent here. Between two H100s 132
+MiB more were taken outside of PyTorch at the end of a run than after its rehearsal (benchmarks/gpu_layouts.py)."""
 
 
 def can_run_out(device: torch.device) -> bool:

@@ -10,7 +10,6 @@ from cadapter.models.loading import FLEX_ATTENTION, NORM_PREFIX, CausalLM
 from cadapter.planning.blocks import Block, block_shape
 from cadapter.planning.memory import RunSizes
 from cadapter.training.modes.base import Mode
-from cadapter.training.stages import embedding_on_device
 
 
 def weighs_neutral(config: Config) -> bool:
@@ -50,7 +49,7 @@ def sizes_of(config: Config, model: CausalLM, mode: Mode, carrier: CarrierFormat
     masked = carrier.positions and not by_blocks and model.attention != FLEX_ATTENTION
     return RunSizes(
         kind=mode.name,
-        layer_bytes=(embedding if embedding_on_device(model, mode) else 0, *blocks, head + norm),
+        layer_bytes=(embedding if trainable[0] or model.tied else 0, *blocks, head + norm),
         trainable=tuple(trainable),
         per_number=mode.per_trained,
         blocks=tuple(_block(model, mode, index, carrier, masked) for index in range(model.layer_count)),

@@ -17,12 +17,13 @@ from cadapter.training.modes.base import Mode
 from cadapter.training.recompute import Recompute
 
 
-def embedding_on_device(model: CausalLM, mode: Mode) -> bool:
-    """Whether the table of token embeddings lies where the blocks are: if it is trained, or the head's weight as well.
+def embedding_on_device(model: CausalLM, mode: Mode, stages: int) -> bool:
+    """Whether the table of token embeddings lies where the blocks are: if it is trained, or serves the head there too.
 
-    Otherwise it stays on the host, where the few rows of a micro-batch are looked up.
+    Otherwise it stays on the host, where the few rows of a micro-batch are looked up. With several ``stages`` a tied
+    head is on another one than the embedding, and has a copy of its own.
     """
-    return mode.trainable()[0] > 0 or model.tied
+    return mode.trainable()[0] > 0 or (model.tied and stages == 1)
 
 
 class StageBuilder:
@@ -34,6 +35,7 @@ class StageBuilder:
         carrier: what travels.
         recompute: which blocks are computed again in the backward pass.
         runner: of the blocks; None: they run as they are.
+        stages: how many stages the pipeline layers are shared out over.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class StageBuilder:
         carrier: CarrierFormat,
         recompute: Recompute,
         runner: BlockRunner | None = None,
+        stages: int = 1,
     ) -> None:
         self.model = model
         self.mode = mode
         self.carrier = carrier
         self.recompute = recompute
         self.runner = runner or BlockRunner(run_block)
+        self.stages = stages
         self._frame = Frame(model)
         self._classes = ClassTransforms()
         self._embedding: nn.Module | None = None
@@ -59,8 +63,8 @@ class StageBuilder:
         return [self._first, *blocks, self._last]
 
     def _first(self) -> nn.Module:
-        device = self.model.device if embedding_on_device(self.model, self.mode) else torch.device("cpu")
-        self._embedding = self.model.embedding(device)
+        on_device = embedding_on_device(self.model, self.mode, self.stages)
+        self._embedding = self.model.embedding(self.model.device if on_device else torch.device("cpu"))
         return EmbeddingLayer(self._embedding, self.model.embedding_scale, self.carrier, self.model.device)
 
     def _block(self, index: int) -> nn.Module:

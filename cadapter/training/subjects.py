@@ -17,7 +17,6 @@ from cadapter.adapters.directory import (
     read_control_adapter,
     validate_against,
 )
-from cadapter.adapters.lora import LoraBlock
 from cadapter.adapters.lora_directory import LoraAdapterFiles, load_into, read_lora_adapter
 from cadapter.adapters.lora_targets import ModelTargets
 from cadapter.adapters.strengths import existing_strengths, load_factors, native_settings, neumann_note, strength_tables
@@ -47,6 +46,8 @@ class Subject:
         model, mode: what the pipeline is built of.
         strengths: of the rows of a micro-batch; the first is 0, the base.
         install: gives this stage's pipeline layers what they need once they are built.
+        models: one, where a row's code tells its strength, wherever it stands; or the model of each strength, where
+            layers divide the rows of a micro-batch into equal parts, one for each of them.
         notes: what the user must hear of it.
     """
 
@@ -54,7 +55,12 @@ class Subject:
     mode: Mode
     strengths: list[float]
     install: Callable[[Sequence[nn.Module]], None]
+    models: tuple[CausalLM, ...]
     notes: tuple[str, ...] = ()
+
+    def model_at(self, code: int) -> CausalLM:
+        """The model whose facts hold at strength number ``code``."""
+        return self.models[code if len(self.models) > 1 else 0]
 
 
 def subject_of(config: Config, path: Path, strengths: Sequence[float] | None, sweep: bool, world: World) -> Subject:
@@ -99,7 +105,7 @@ def _control(
     tables = strength_tables(files, rows)
     notes += [said for said in [neumann_note(files, rows)] if said]
     mode = ControlMode(model, list(files.layers), native_settings(files))
-    return Subject(model, mode, rows, lambda layers: install(layers, files, tables), tuple(notes))
+    return Subject(model, mode, rows, lambda layers: install(layers, files, tables), (model,), tuple(notes))
 
 
 def install(layers: Sequence[nn.Module], files: ControlAdapterFiles, tables: dict[int, list[Transform]]) -> None:
@@ -121,10 +127,10 @@ def _lora(config: Config, path: Path, world: World) -> Subject:
     def give(layers: Sequence[nn.Module]) -> None:
         load_into(lora_blocks_of(layers), path)
         for layer in layers:
-            if isinstance(layer, DecoderLayer) and isinstance(layer.block, LoraBlock):
+            if isinstance(layer, DecoderLayer):
                 layer.block = with_and_without(layer.block)
 
-    return Subject(model, mode, [0.0, 1.0], give)
+    return Subject(model, mode, [0.0, 1.0], give, (model, model))
 
 
 def _check_targets(files: LoraAdapterFiles, model: CausalLM) -> None:
@@ -152,7 +158,8 @@ def _model(config: Config, path: Path, world: World) -> Subject:
         if ours != theirs:
             raise UsageError(f"{path} has {name} = {theirs!r}, {config.model_dir} has {ours!r}: they do not compare.")
     model = PairedModel(base, other)
-    return Subject(model, FullMode(model, None, None, path, config.dtype), [0.0, 1.0], lambda layers: None)
+    mode = FullMode(model, None, None, path, config.dtype)
+    return Subject(model, mode, [0.0, 1.0], lambda layers: None, (base, other))
 
 
 def _shape(model: CausalLM) -> dict[str, Any]:

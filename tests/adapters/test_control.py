@@ -15,7 +15,7 @@ from cadapter.adapters.control import ControlledBlock, ControlSettings, GeneralA
 from cadapter.adapters.dropout import keep_mask
 from cadapter.algebra import core, strength_transform
 from cadapter.errors import CadapterError
-from cadapter.models.families import MODULES, Family, family_of
+from cadapter.models.families import FAMILIES, MODULES, Family
 from tests.reference import naive
 from tests.reference.controlled_model import Controlled, Float64
 from tests.tiny_models import FAMILY_NAMES, HIDDEN, VOCAB, make_model
@@ -85,7 +85,7 @@ class Case:
         self.settings, self.classes = settings, classes
         block, self.arguments = block_and_arguments(name, torch.float32)
         self.adapter = random_adapter(settings, spectral)
-        self.family = family or family_of(name.partition("-")[0])
+        self.family = family or FAMILIES[name.partition("-")[0]]
         self.block = ControlledBlock(block, self.adapter, self.family, residual_scale(name))
         self.true_block, self.true_arguments = block_and_arguments(name, torch.float64)
         generator = torch.Generator().manual_seed(3)
@@ -158,7 +158,7 @@ def test_forward_and_gradients_in_every_family(name, site):
 
 def test_these_families_differ_in_what_they_add():
     """Their own modules, norms behind these, or either times a number: the cases above have each."""
-    added = {name: family_of(name).added for name in FAMILY_NAMES}
+    added = {name: FAMILIES[name].added for name in FAMILY_NAMES}
     norms = {name for name, modules in added.items() if modules != MODULES}
     assert norms == {"gemma2", "gemma3_text", "olmo2", "glm4"}
     assert {name for name in FAMILY_NAMES if residual_scale(name) != 1} == {"granite"}
@@ -175,7 +175,7 @@ def test_a_large_adapter(site):
 @pytest.mark.parametrize("site", SITES)
 def test_a_family_of_which_it_is_not_known_what_its_blocks_add(name, site):
     """Δh is then output − input, whatever stands behind the modules and whatever they are multiplied by."""
-    unknown = replace(family_of(name), added=None)
+    unknown = replace(FAMILIES[name], added=None)
     case = Case(name, ControlSettings(RANK, math.sqrt(RANK), site), random_classes(MIXED), family=unknown)
     assert_agree(case.ours(), case.reference())
 
@@ -186,7 +186,7 @@ def test_what_is_added_is_known_more_exactly_than_the_residual_stream(name):
     settings = ControlSettings(RANK, math.sqrt(RANK))
     errors = {}
     for added in ("known", "unknown"):
-        family = family_of(name) if added == "known" else replace(family_of(name), added=None)
+        family = FAMILIES[name] if added == "known" else replace(FAMILIES[name], added=None)
         case = Case(name, settings, random_classes((1,)), family=family)
         block, arguments = block_and_arguments(name, torch.bfloat16)
         case.block = ControlledBlock(block, case.adapter, family, residual_scale(name))
@@ -256,7 +256,7 @@ def test_a_new_adapter_changes_nothing(site):
     hidden = torch.randn(ROWS, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0))
     plain = copy.deepcopy(block)(hidden, **arguments)
     adapter = GeneralAdapter(HIDDEN, LAYER, ControlSettings(RANK, 2.0, site), seed=0)
-    controlled = ControlledBlock(block, adapter, family_of("llama"))
+    controlled = ControlledBlock(block, adapter, FAMILIES["llama"])
     output, _ = controlled.controlled(hidden, random_classes(MIXED), adapter.class_transforms(), kwargs=arguments)
     assert torch.equal(output, plain)
     output.sum().backward()

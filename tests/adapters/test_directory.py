@@ -149,7 +149,10 @@ def test_published_directories_are_known_by_their_keys(tmp_path):
     found = read_control_adapter(path)
     assert kind_of(path) == "control"
     assert found.scale == 8 / RANK
-    assert (found.site, found.form, found.inverse, found.facts) == ("block", "general", "exact", {})
+    assert (found.site, found.form, found.facts) == ("block", "general", {})
+    assert (found.inverse, found.neumann_order) == ("neumann", 2)  # the published method, which it does not record
+    said = read_control_adapter(published(tmp_path / "said", control_inverse="exact"))
+    assert said.inverse == "exact"
     with_rslora = read_control_adapter(published(tmp_path / "rslora", use_rslora=True))
     assert with_rslora.scale == pytest.approx(8 / math.sqrt(RANK))
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cadapter.adapters.control import ControlledBlock, ControlSettings, GeneralAdapter
 from cadapter.adapters.dropout import keep_mask, row_seeds
-from cadapter.models.families import family_of
+from cadapter.models.families import FAMILIES
 from tests.tiny_models import make_model
 
 SHAPE = (2, 64, 256)
@@ -104,7 +104,7 @@ def test_recomputation_sees_the_same_mask(site):
     settings = ControlSettings(4, 2.0, site, dropout=0.25)
     adapter = GeneralAdapter(model.config.hidden_size, 1, settings, seed=0)
     torch.nn.init.normal_(adapter.control_B, std=0.1)
-    block = ControlledBlock(model.model.layers[1], adapter, family_of("llama"))
+    block = ControlledBlock(model.model.layers[1], adapter, FAMILIES["llama"])
     hidden = torch.randn(2, 12, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     embeddings = model.model.rotary_emb(hidden, torch.arange(12).unsqueeze(0))
     classes = torch.tensor([1, -1, 0, 2] * 6, dtype=torch.int8).view(2, 12)

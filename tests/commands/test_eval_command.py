@@ -27,7 +27,7 @@ from cadapter.config import Config, DatasetConfig
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer, prepare_data
 from cadapter.errors import UsageError
 from cadapter.models.checkpoint import Checkpoint
-from cadapter.models.families import family_of
+from cadapter.models.families import FAMILIES
 from cadapter.training.run_directory import adapter_of_run
 from tests.forked_commands import call, run_all, run_all_well
 from tests.steered_models import make_model as make_family
@@ -53,7 +53,7 @@ def write_adapter(directory: Path, model: Path, hidden: int = HIDDEN, layers: tu
         site="block",
         base_model_type="llama",
         base_model_name_or_path=str(model),
-        facts=describe_layers(Checkpoint(model), family_of("llama"), layers) if hidden == HIDDEN else {},
+        facts=describe_layers(Checkpoint(model), FAMILIES["llama"], layers) if hidden == HIDDEN else {},
     )
     directory.mkdir(parents=True)
     write_control_adapter(directory, adapter, control_card(adapter))
@@ -265,11 +265,12 @@ def test_the_adapter_that_a_run_offers(tmp_path: Path) -> None:
         (["--adapter", "{adapter}", "--html", "{root}/positive.jsonl/x.html"], ("positive.jsonl is a file",)),
         (["--adapter", "{adapter}", "--strength", "1:2"], ("--strength 1:2", "FROM:TO:STEP")),
         (["--adapter", "{adapter}", "--kl-budget", "0"], ("--kl-budget 0", "above 0")),
+        (["--adapter", "{adapter}", "--sample-temperature", "nan"], ("--sample-temperature nan", "give 0 (the most")),
         (["--adapter", "{adapter}", "--neutral", "{root}/none.jsonl"], ("none.jsonl",)),
         (["--adapter", "{adapter}", "--set", "eval_fraction=0"], ("eval_fraction", "--data")),
     ],
     ids=["another-hidden-size", "no-adapter", "missing-adapter", "no-run", "no-class", "missing-texts", "no-file",
-         "no-folder", "no-range", "no-budget", "no-neutral-texts", "nothing-held-out"],
+         "no-folder", "no-range", "no-budget", "no-temperature", "no-neutral-texts", "nothing-held-out"],
 )  # fmt: skip
 def test_mistakes(
     command_project: Project, config: Path, adapter: Path, tmp_path: Path, options: list[str], words: tuple[str, ...]

@@ -21,8 +21,12 @@ FIRST = {
     "to-mult-lora": ("to-mult-lora", "adapter", "mult lora"),
     "to-add-lora": ("to-add-lora", "base", "adapter", "add-lora"),
 }
-LAST = {"inspect-norms": "train", "to-mult-lora": "train", "to-add-lora": "llama-cli"}
-"""Where the way ends that begins so: with the next adapter, or in llama.cpp."""
+LAST = {
+    "inspect-norms": "python convert_hf_to_gguf.py merged --outfile",
+    "to-mult-lora": "python convert_hf_to_gguf.py 'mult lora-merged' --outfile",
+    "to-add-lora": "llama-cli -m base.gguf --lora",
+}
+"""Where the way ends that begins so: in llama.cpp."""
 
 
 @pytest.mark.parametrize("start", FIRST)
@@ -42,11 +46,38 @@ def test_the_next_command_can_be_given_as_it_is(start: str, tmp_path: Path, monk
             assert done.stdout.splitlines()[-2] == "--- next ---"
         else:
             assert last.startswith("Next: "), done.stdout
-        words = shlex.split(last.removeprefix("Next: "))
+        command = last.removeprefix("Next: ")
+        words = shlex.split(command)
         words = words[1:] if words[0] == "cadapter" else words
         assert len(seen) < 8
-    assert words[0] == LAST[start]
+    assert command.startswith(LAST[start])
     assert len(seen) >= 2
+
+
+def next_after(model: Path) -> str:
+    words = ["generate", str(model), "Once", "--max-new-tokens", "1"]
+    done = CliRunner().invoke(app, words, prog_name="cadapter")
+    assert done.exit_code == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_after_a_model_alone_comes_its_training_or_its_use(tmp_path: Path) -> None:
+    """A base is trained from; what was merged or fine-tuned is used, as llama.cpp reads it."""
+    base = make_model(tmp_path / "base")
+    assert next_after(base) == "cadapter train config.toml"
+    (base / "README.md").write_text("# A base\n")
+    assert next_after(base) == "cadapter train config.toml"
+    make_adapter(tmp_path / "adapter", "writes")
+    merged = tmp_path / "my model"
+    words = ["merge", str(base), str(tmp_path / "adapter"), str(merged)]
+    assert CliRunner().invoke(app, words, prog_name="cadapter").exit_code == 0
+    assert next_after(merged) == f"python convert_hf_to_gguf.py '{merged}' --outfile 'my model.gguf'"
+    run = tmp_path / "run"
+    base.rename(tmp_path / "run-final")
+    run.mkdir()
+    (run / "resolved.json").write_text("{}")
+    final = (tmp_path / "run-final").rename(run / "final")
+    assert next_after(final) == f"python convert_hf_to_gguf.py {final} --outfile final.gguf"
 
 
 def test_no_option_is_without_words() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cadapter.config import Config, config_warnings, load_config
+from cadapter.config import Config, config_warnings, idle_keys, load_config
 from cadapter.config.schema import DatasetConfig
 from cadapter.config.toml import toml_text
 from cadapter.errors import UsageError
@@ -40,6 +40,7 @@ control_class = -1
 
 REQUIRED = 'model_dir = "m"\noutput_dir = "o"\nuse_control_adapters = true\nlr = 1e-5\nsequence_len = 64\n'
 DATASET = '[[datasets]]\ndataset_path = "d.txt"\n'
+SYMMETRIC = "use_control_adapters = true\ncontrol_form = 'symmetric'\n"
 
 
 @pytest.fixture
@@ -293,15 +294,22 @@ def test_every_way_to_train_has_its_keys(load, mode: str, key: str, value: objec
         (f"full_fine_tune = true\n{DATASET}control_class = 0", 8, "only Control Adapters know classes"),
         (f"{DATASET}control_class = -1", 7, "only Control Adapters know classes"),
         (f"full_fine_tune = true\nuse_control_adapters = true\n{DATASET}", 5, "choose one of the two"),
-        (f"control_form = 'symmetric'\nlora_alpha = 4.0\n{DATASET}", 6, "the symmetric form has no scale"),
-        (f"control_form = 'symmetric'\ncontrol_inverse = 'neumann'\n{DATASET}", 6, "needs no series"),
-        (f"control_form = 'symmetric'\nlora_weight_dtype = 'bfloat16'\n{DATASET}", 6, "cannot hold orthonormal"),
+        (f"{SYMMETRIC}lora_alpha = 4.0\n{DATASET}", 7, "the symmetric form has no scale"),
+        (f"{SYMMETRIC}control_inverse = 'neumann'\n{DATASET}", 7, "needs no series"),
+        (f"{SYMMETRIC}lora_weight_dtype = 'bfloat16'\n{DATASET}", 7, "cannot hold orthonormal"),
         (f"use_control_adapters = true\ntarget_modules = ['a']\n{DATASET}", 6, "Control Adapters act on whole layers"),
     ],
 )
 def test_impossible_combinations(report, lines: str, place: int, says: str) -> None:
     reports = report(REQUIRED.replace("use_control_adapters = true\n", "") + lines)
     assert [entry for entry in reports if entry.startswith(f"run.toml:{place}: ") and says in entry]
+
+
+@pytest.mark.parametrize("key", ["lora_alpha = 4.0", "control_inverse = 'neumann'", "lora_weight_dtype = 'bfloat16'"])
+def test_a_left_over_form_says_nothing_without_control_adapters(load, key: str) -> None:
+    lines = f"control_form = 'symmetric'\n{key}\n{DATASET}"
+    config = load(REQUIRED.replace("use_control_adapters = true\n", "") + lines)
+    assert "control_form" in [problem.key for problem in idle_keys(config)]
 
 
 def test_what_the_defaults_say_is_no_conflict(load) -> None:

@@ -11,6 +11,8 @@ from cadapter.config import idle_in_run, idle_keys, load_config, located
 CONTROL = "use_control_adapters = true"
 LORA, FULL = "use_control_adapters = false", "full_fine_tune = true"
 NEUTRAL = '[[datasets]]\ndataset_path = "n.txt"\ncontrol_class = 0\n'
+NEGATIVE = '[[datasets]]\ndataset_path = "w.txt"\ncontrol_class = -1\n'
+PAIRS = '[[datasets]]\ndataset_path = "p.jsonl"\nchosen_field = "a"\nrejected_field = "b"\n'
 BY_RECORD = '[[datasets]]\ndataset_path = "n.jsonl"\nclass_field = "class"\n'
 
 
@@ -38,7 +40,12 @@ def idle(directory: Path, lines: str, mode: str = CONTROL, more: str = "", *over
             (line, mode, "without Control Adapters; remove it, or set use_control_adapters = true")
             for mode in (LORA, FULL)
             for line in ('control_site = "mlp"', 'control_form = "general"', "control_class0_lambda = 1.0",
-                         'control_inverse = "exact"', "control_gamma = 0.5", "control_neumann_order = 2")
+                         'control_inverse = "exact"', "control_gamma = 0.5", "control_neumann_order = 2",
+                         "class_weights = { negative = 0.5 }")
+        ),
+        *(
+            (line, CONTROL, "on a single stage; remove it, or set pipeline_stages above 1")
+            for line in ('partition_method = "uniform"', "use_column_major_topology = true")
         ),
         ("lora_rank = 8", FULL, "on full fine-tuning, which has no adapters; remove it"),
         ("control_class0_lambda = 1.0", CONTROL, "without texts of class 0; remove it, or give a dataset with"),
@@ -69,10 +76,21 @@ def test_a_key_without_effect(tmp_path: Path, line: str, mode: str, says: str) -
         ('evals_per_run = 3\nearly_stopping_patience = 1\nsample_prompts = ["a"]\nsample_temperature = 1', ""),
         ("eval_fraction = 0", ""),
         ("lora_rank = 8", ""),
+        *(("class_weights = { negative = 0.5 }", more) for more in (NEGATIVE, BY_RECORD, PAIRS)),
+        ("class_weights = { positive = 0.5 }", ""),
+        ('pipeline_stages = 2\npartition_method = "uniform"\nuse_column_major_topology = true', ""),
     ],
 )
 def test_a_key_with_its_effect(tmp_path: Path, lines: str, more: str) -> None:
     assert idle(tmp_path, lines, more=more) == []
+
+
+@pytest.mark.parametrize("lines", ["class_weights = { positive = 2, negative = 0.5 }", "class_weights.negative = 0.5"])
+def test_a_key_within_a_table_without_effect(tmp_path: Path, lines: str) -> None:
+    (found,) = idle(tmp_path, lines, more=NEUTRAL)
+    assert found.startswith(
+        "run.toml:6: class_weights.negative = 0.5: has no effect without texts of class -1; remove it"
+    )
 
 
 def test_each_key_once_in_the_order_of_the_file_and_overrides_by_their_name(tmp_path: Path) -> None:

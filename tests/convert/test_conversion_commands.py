@@ -33,7 +33,7 @@ def test_inspect_norms_prints_a_row_for_each_layer(adapter):
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
     assert [line[0] for line in lines if line[0].isdigit()] == ["0", "1", "2"]
-    assert all(line[2] == "0.5" for line in lines if line[0].isdigit())  # ‖W‖₂ as the adapter was made
+    assert all(line[2] == "0.5000" for line in lines if line[0].isdigit())  # ‖W‖₂ as the adapter was made
     assert "Healthy" in result.stdout
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from cadapter.adapters.directory import read_control_adapter
+from cadapter.adapters.directory import ControlAdapterFiles, control_card, read_control_adapter, write_control_adapter
 from cadapter.adapters.factors import LowRank
+from cadapter.cli import app
 from cadapter.convert.norms import measure, verdict
 from tests.reference import naive
 
@@ -63,3 +65,17 @@ def test_verdicts_on_one_bad_layer(coefficient, inverse, message, model_director
     adapter = read_control_adapter(make_adapter(model_directory("llama"), spectral=0.05, inverse=inverse))
     adapter.layers[1] = rank_one(coefficient)
     assert message in words(adapter)
+
+
+def test_a_table_tells_almost_one_from_one(tmp_path):
+    place = tmp_path / "adapter"
+    layers = {0: rank_one(1.0003), 1: rank_one(0.0)}
+    files = ControlAdapterFiles(path=place, rank=4, alpha=2.0, layers=layers, site="block", base_model_type="llama")
+    place.mkdir()
+    write_control_adapter(place, files, control_card(files))
+    done = CliRunner().invoke(app, ["inspect-norms", str(place), "--fail-above", "1"])
+    assert done.exit_code == 1
+    first, second = (line.split() for line in done.stdout.splitlines() if line.split()[:1] in (["0"], ["1"]))
+    assert first[:5] == ["0", "1.000", "1.000", "1.000", "1.000"]
+    assert second == ["1", "0", "0", "0", "1.000", "0", "0", "0"]
+    assert "‖W‖₂ exceeds 1 in 1 of 2 layers: 1.000 in layer 0." in done.stderr

@@ -290,6 +290,16 @@ def test_a_masked_answer_trains_nothing(prepare) -> None:
         prepare(CHATML, [{"messages": [say("user", "Hi"), say("assistant", "")]}], mask_tokens=True)
 
 
+@pytest.mark.parametrize("mask_tokens", [True, None])
+def test_a_chat_of_nothing_but_space_is_an_empty_document(prepare, mask_tokens: bool | None) -> None:
+    plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    blank = {"messages": [say("user", " "), say("assistant", " \n ")]}
+    spoken = {"messages": [say("user", "Hi "), say("assistant", "Hello")]}
+    keys = {} if mask_tokens is None else {"mask_tokens": mask_tokens}
+    (report,) = prepare(plain, [blank, spoken, blank], **keys).reports
+    assert (report.documents, report.empty_documents) == (1, 2)
+
+
 def test_the_template_is_sandboxed(prepare) -> None:
     template = "{{ messages.__class__.__mro__ }}"
     with pytest.raises(UsageError, match="fails"):

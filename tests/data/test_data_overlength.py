@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cadapter.data import PreparedData, prepare_data
+from cadapter.data.packing import DOCUMENT_START
 from cadapter.errors import UsageError
 from tests.chat_templates import CHATML, make_chat_tokenizer
 from tests.data.conftest import MakeConfig, write_jsonl
@@ -106,8 +107,8 @@ def test_a_mixture_keeps_whole_what_is_to_stay_whole(tmp_path: Path, make_config
         {"dataset_path": other, "control_class": 0, "overlength": "error"},
     ]
     data = prepare_data(make_config(tables, eval_fraction=0, mix_datasets=True))
-    ids, classes, _ = data.train.rows(range(len(data.train)))
-    starts = data.train.document_starts(range(len(data.train)))
+    ids, classes, flags = data.train.gather(range(len(data.train)))
+    starts = (flags & DOCUMENT_START) != 0
     whole = [row for row in range(len(ids)) if not (classes[row] == -1).any()]
     assert sorted(starts[whole].sum(axis=1).tolist(), reverse=True)[0] > 1
     assert starts[whole].sum() == 8  # of good and other, together

@@ -231,6 +231,46 @@ def test_a_tokenizer_that_does_not_belong_to_the_model(tmp_path: Path, make_conf
         prepare_data(make_config({file: 1}, model_dir=str(tmp_path / "model")))
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "entry of an earlier version"])
+def test_a_smaller_model_of_the_same_tokenizer_after_a_larger(
+    tmp_path: Path, make_config: MakeConfig, noted: bool
+) -> None:
+    """The cache serves both: what it holds was checked against the larger model."""
+    make_tokenizer(tmp_path / "model")
+    size = tmp_path / "model" / "config.json"
+    size.write_text(json.dumps({"vocab_size": 320}))
+    config = make_config({write_jsonl(tmp_path / "a.jsonl", texts_of(5, "a")): 1}, model_dir=str(tmp_path / "model"))
+    data = prepare_data(config)
+    everything = [data.train.rows(range(len(data.train)))[0], *(document.ids for document in data.documents)]
+    largest = max(int(ids.max()) for ids in everything)
+    if not noted:
+        manifest = data.directories[0] / "manifest.json"
+        older = json.loads(manifest.read_text())
+        del older["statistics"]["largest_id"]
+        manifest.write_text(json.dumps(older))
+    size.write_text(json.dumps({"vocab_size": largest + 1}))
+    assert prepare_data(config).reports[0].cache_hit
+    size.write_text(json.dumps({"vocab_size": largest}))
+    with pytest.raises(UsageError, match=f"gives token id {largest}, but the model has {largest} "):
+        prepare_data(config)
+
+
+def test_held_out_documents_that_no_packed_sequence_holds_count_too(tmp_path: Path, make_config: MakeConfig) -> None:
+    """``eval`` scores them all, whatever max_sequences leaves of the packed ones."""
+    make_tokenizer(tmp_path / "model")
+    file = write_jsonl(tmp_path / "a.jsonl", [chr(33 + number) * 60 for number in range(60)])  # about a sequence each
+    keys = {"model_dir": str(tmp_path / "model"), "eval_fraction": 0.5, "max_sequences": 1}
+    data = prepare_data(make_config({file: 1}, **keys))
+    assert data.evaluation is not None
+    packed = max(int(each.rows(range(len(each)))[0].max()) for each in (data.train, data.evaluation))
+    alone = max(int(document.ids.max()) for document in data.documents)
+    assert alone > packed  # or this shows nothing
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"vocab_size": alone}))
+    for force in (False, True):
+        with pytest.raises(UsageError, match=f"gives token id {alone}, "):
+            prepare_data(make_config({file: 1}, **keys), force=force)
+
+
 def test_a_model_without_a_tokenizer(tmp_path: Path, make_config: MakeConfig) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", texts_of(5, "a"))
     with pytest.raises(UsageError, match="holds no tokenizer"):

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from cadapter.errors import UsageError
-from cadapter.models.families import FAMILIES, Family, LogitFacts, config_number, family_of, logit_facts
+from cadapter.models.families import FAMILIES, Family, LogitFacts, config_number, logit_facts
 from tests.reference.controlled_model import Float64
 from tests.tiny_models import CONFIGS, FAMILY_NAMES, HIDDEN, LAYERS, VOCAB, WINDOW, make_model
 
@@ -26,7 +25,7 @@ EXPERT_MODELS = [name for name in CONFIGS if "_moe" in name or name == "mixtral"
 
 
 def facts_of(name: str) -> Family:
-    return family_of(CONFIGS[name].model_type)
+    return FAMILIES[CONFIGS[name].model_type]
 
 
 def tokens() -> Tensor:
@@ -328,9 +327,4 @@ def test_only_families_with_experts_say_so(name):
 
 def test_a_name_must_fit_as_a_whole():
     names = ["self_attn.o_proj_norm", "xself_attn.o_proj", "mlp.experts.1.down_proj.base", "mlp.experts.x.down_proj"]
-    assert family_of("qwen3_moe").writers_among(names) == ((), ())
-
-
-def test_a_family_that_is_not_there():
-    with pytest.raises(UsageError, match="'gpt2' are not in the table"):
-        family_of("gpt2")
+    assert FAMILIES["qwen3_moe"].writers_among(names) == ((), ())

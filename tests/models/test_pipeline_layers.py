@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cadapter.adapters.control import ControlledBlock, ControlSettings
 from cadapter.algebra import core, strength_transform
 from cadapter.errors import UsageError
 from cadapter.models.families import LogitFacts
-from cadapter.models.layers import Carrier, CarrierFormat, DecoderLayer, EmbeddingLayer, HeadInputs
+from cadapter.models.layers import Carrier, CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadInputs
 from cadapter.models.loading import CausalLM
 from cadapter.models.loss import weighted_cross_entropy
 from cadapter.training.modes.control import adapters_of
@@ -293,3 +294,19 @@ def test_other_transforms_for_evaluation(tiny_model):
                 each.A, each.B, each.scale = torch.eye(len(W), dtype=W.dtype), 2 * W + W @ W, 1.0
         expected = controlled_model.run(model, controlled, ids, shifted(ids), torch.ones(ids.shape)).logits[0]
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)  # the inverse of a square
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_masks_of_one_length_alone_are_kept(tiny_model):
+    """An evaluation runs lengths in rising order; all their masks together are many times those of the longest."""
+    model = CausalLM(tiny_model("gemma2"), torch.float32)
+    frame, masks = Frame(model), []
+    for length in (16, 24, 32):
+        mask = frame.arguments(torch.zeros(1, length, model.hidden_size), 0)["attention_mask"]
+        assert mask.shape[-1] == length
+        assert frame.arguments(torch.zeros(2, length, model.hidden_size), 0)["attention_mask"] is mask
+        masks.append(weakref.ref(mask))
+        del mask
+    assert [mask() is not None for mask in masks] == [False, False, True]

@@ -19,6 +19,7 @@ from cadapter.models.families import FAMILIES, FUSED, PER_EXPERT, LogitFacts
 from cadapter.models.loading import CausalLM, facts_of
 from cadapter.training.modes.control import adapters_of
 from cadapter.training.run import inferred_note
+from tests.models.test_cached import check_pieces
 from tests.reference import controlled_model
 from tests.tiny_models import CONFIGS, FULL, HIDDEN, LAYERS, SHAPE, SLIDING, SPECIAL, TIED, VOCAB, WINDOW, save_model
 from tests.tiny_pipeline import (
@@ -119,6 +120,13 @@ def test_logits_are_hugging_faces(inferred, kind):
     torch.testing.assert_close(output_logits(outputs), expected, rtol=1e-5, atol=1e-5)
     assert stages.model.family.inferred
     assert stages.model.family.added is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in INFERRED if kind != "minimax"])
+def test_keys_and_values_can_be_kept(inferred, kind):
+    """MiniMax keeps states of linear attention as well."""
+    check_pieces(inferred(kind))
 
 
 @pytest.mark.parametrize("site", SITES)

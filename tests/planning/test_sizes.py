@@ -21,7 +21,7 @@ from cadapter.planning.memory import stage_memory
 from cadapter.training.forecast import outlook_of
 from cadapter.training.modes import mode_of
 from cadapter.training.recompute import Recompute
-from cadapter.training.stages import StageBuilder
+from cadapter.training.stages import StageBuilder, embedding_on_device
 from tests.tiny_models import CONFIGS
 
 MODES: dict[str, dict[str, Any]] = {
@@ -82,15 +82,41 @@ def test_parameters_and_bytes_are_those_of_the_model_that_is_built(
     assert memory.optimiser == 2 * 4 * numbers
 
 
-def test_a_tied_model_on_two_stages_has_two_copies(tiny_model: Callable[..., Path]) -> None:
-    for name, keys in (("llama-tied", MODES["full"]), ("llama-tied", MODES["control"])):
-        sizes = outlook_of(config_of(tiny_model(name), **keys)).sizes
-        bounds = [0, 3, len(sizes.layer_bytes)]
-        one, other = (stage_memory(sizes, bounds, stage, lambda _: "none") for stage in (0, 1))
-        whole = stage_memory(sizes, [0, len(sizes.layer_bytes)], 0, lambda _: "none")
-        assert one.weights + other.weights == whole.weights + sizes.layer_bytes[0]
-        copied = sizes.layer_bytes[0] if keys == MODES["full"] else 0
-        assert one.gradients + other.gradients == whole.gradients + copied
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_tied_model_on_two_stages_has_two_copies_a_frozen_one_on_the_host(
+    tiny_model: Callable[..., Path], mode_name: str
+) -> None:
+    directory = tiny_model("llama-tied")
+    config = config_of(directory, **MODES[mode_name])
+    sizes = outlook_of(config).sizes
+    bounds = [0, 3, len(sizes.layer_bytes)]
+    predicted = [stage_memory(sizes, bounds, stage, lambda _: "none") for stage in (0, 1)]
+    for stage, memory in enumerate(predicted):
+        model = CausalLM(directory, torch.float32)
+        mode = mode_of(config, model)
+        builders = StageBuilder(model, mode, CarrierFormat(), Recompute(0), stages=2).builders()
+        layers = [build() for build in builders[bounds[stage] : bounds[stage + 1]]]
+        on_device = [layer for layer in layers if not isinstance(layer, EmbeddingLayer) or mode_name == "full"]
+        assert memory.weights + memory.adapter == sum(storages(on_device).values())
+    whole = stage_memory(sizes, [0, len(sizes.layer_bytes)], 0, lambda _: "none")
+    copied = sizes.layer_bytes[0] if mode_name == "full" else 0
+    assert sum(each.weights for each in predicted) == whole.weights + copied
+    assert sum(each.gradients for each in predicted) == whole.gradients + copied
+
+
+def test_a_frozen_tied_embedding_is_on_the_host_where_the_head_is_on_another_stage(
+    tiny_model: Callable[..., Path],
+) -> None:
+    directory = tiny_model("llama-tied")
+    elsewhere = CausalLM(directory, torch.float32, "meta")  # stands for a GPU, which the tests may not have
+    mode = mode_of(config_of(directory, **MODES["control"]), elsewhere)
+    first = StageBuilder(elsewhere, mode, CarrierFormat(), Recompute(0), stages=2).builders()[0]()
+    assert isinstance(first, EmbeddingLayer)
+    assert list(first.parameters()) == []
+    assert {parameter.device.type for parameter in first.table.parameters()} == {"cpu"}
+    assert embedding_on_device(elsewhere, mode, 1)  # there it is the head's weight as well
+    full = mode_of(config_of(directory, **MODES["full"]), elsewhere)
+    assert embedding_on_device(elsewhere, full, 2)
 
 
 def test_four_bits_take_what_they_take_once_loaded(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def evaluation(
         on_neutral=on_neutral,
         documents=documents,
         skipped=0,
-        stages=1,
+        continuations=None,
         notes=(),
     )
 
@@ -78,7 +78,7 @@ def sampled(strengths: tuple[float, ...] = STRENGTHS, text: str = "") -> Sampled
         ]
         for t in sorted(strengths)
     }
-    return Sampled(prompts, samples, 64, 0.011)
+    return Sampled(prompts, samples, 64, 0.8, 0.011)
 
 
 def adapter(layers: int = 8) -> ControlAdapterFiles:

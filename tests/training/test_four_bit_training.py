@@ -113,16 +113,20 @@ def transformers_own(project: Project, dtype: torch.dtype = torch.float32) -> An
     return model
 
 
+def round_to_4_bits(model: Any, pattern: str) -> int:
+    """Replace the weights whose names match by what they stand for in 4 bits; how many there are."""
+    weights = [weight for name, weight in model.named_parameters() if re.search(pattern, name)]
+    for weight in weights:
+        packed = bitsandbytes.functional.quantize_4bit(weight.data, compress_statistics=True, quant_type="nf4")
+        weight.data = bitsandbytes.functional.dequantize_4bit(*packed)
+    return len(weights)
+
+
 def rounded_experts(project: Project) -> Any:
     """The Mixtral in float32 with, for each weight in 4 bits, what it stands for."""
     model = AutoModelForCausalLM.from_pretrained(project.root / "mixtral", dtype=torch.float32)
-    names = []
-    for name, weight in model.named_parameters():
-        if re.search(r"[qkvo]_proj\.weight$|experts\.(gate_up|down)_proj$", name):
-            packed = bitsandbytes.functional.quantize_4bit(weight.data, compress_statistics=True, quant_type="nf4")
-            weight.data = bitsandbytes.functional.dequantize_4bit(*packed)
-            names.append(name)
-    assert len(names) == 6 * model.config.num_hidden_layers
+    count = round_to_4_bits(model, r"[qkvo]_proj\.weight$|experts\.(gate_up|down)_proj$")
+    assert count == 6 * model.config.num_hidden_layers
     return model
 
 

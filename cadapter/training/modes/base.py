@@ -23,12 +23,23 @@ def trained_bytes(dtype: torch.dtype, gradient: torch.dtype) -> TrainedBytes:
     return TrainedBytes(size, gradient.itemsize, 2 * size + (size if size < 4 else 0))
 
 
-def check_rank_and_alpha(directory: Path, stored: tuple[int, float], wanted: tuple[int, float]) -> None:
+def check_rank_and_alpha(
+    directory: Path, stored: tuple[int, float], wanted: tuple[int, float], scaled: bool = True
+) -> None:
     """Make sure that an adapter in ``directory`` has the rank and the alpha that a run wants.
+
+    Args:
+        scaled: whether it has a scale; without one there is no alpha to choose, and only the rank counts.
 
     Raises:
         UsageError: it has others; what the run would have to say is named.
     """
+    if not scaled:
+        if stored[0] != wanted[0]:
+            raise UsageError(
+                f"{directory} has rank {stored[0]}; this run has {wanted[0]}.\nSet lora_rank = {stored[0]}."
+            )
+        return
     if stored[0] != wanted[0] or not math.isclose(stored[1], wanted[1], rel_tol=1e-9):
         raise UsageError(
             f"{directory} has rank {stored[0]} and alpha {stored[1]:g}; this run has {wanted[0]} and {wanted[1]:g}.\n"
@@ -72,6 +83,12 @@ class Mode(Protocol):
 
     def writer(self, directory: Path) -> PartWriter:
         """A writer of all stages' parts into ``directory``, on rank 0."""
+
+    def look_up_base(self) -> None:
+        """Find out what a saved directory must say of the base, on the process that writes it.
+
+        Before the run: what fails here would end it at its first save.
+        """
 
     def check_start(self, directory: Path) -> None:
         """Make sure that a run can start from what ``directory`` holds, as far as the directory itself says.

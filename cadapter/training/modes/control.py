@@ -140,6 +140,10 @@ class ControlMode:
         """What conversions must know of each adapted layer of the base."""
         return describe_layers(self.model.checkpoint, self.model.family, self.layers)
 
+    def look_up_base(self) -> None:
+        """Look up :attr:`layer_facts`: tensors of the base are read, and modules of unknown families are tried."""
+        _ = self.layer_facts
+
     def check_start(self, directory: Path) -> None:
         """Make sure that ``directory`` holds this run's layers, at its rank, scale and site.
 
@@ -153,7 +157,8 @@ class ControlMode:
         validate_against(files, self.model.hidden_size, self.model.layer_count)
         if files.form != settings.form:
             raise UsageError(f'{directory} was trained with control_form = "{files.form}", not "{settings.form}".')
-        check_rank_and_alpha(directory, (files.rank, files.alpha), (settings.rank, settings.alpha))
+        wanted = settings.rank, settings.alpha
+        check_rank_and_alpha(directory, (files.rank, files.alpha), wanted, settings.form == "general")
         if files.site != settings.site:
             raise UsageError(f'{directory} was trained with control_site = "{files.site}", not "{settings.site}".')
         if files.layers.keys() != set(self.layers):

@@ -155,6 +155,9 @@ class FullMode:
             with_code=self.model.checkpoint.trust_remote_code,
         )
 
+    def look_up_base(self) -> None:
+        """Nothing to do: the base's files are copied."""
+
     def check_start(self, directory: Path) -> None:
         """Nothing to do: a config says with ``model_dir`` what is trained."""
 

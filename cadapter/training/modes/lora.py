@@ -107,6 +107,9 @@ class LoraMode:
         """A writer of a LoRA directory."""
         return LoraWriter(directory, self)
 
+    def look_up_base(self) -> None:
+        """Nothing to do: a LoRA's directory says of the base only what it is called."""
+
     def check_start(self, directory: Path) -> None:
         """Make sure that ``directory`` holds a LoRA on this run's modules, at its rank and scale.
 
