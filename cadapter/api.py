@@ -24,7 +24,7 @@ from cadapter.adapters.directory import (
 from cadapter.convert.lora_directory import LoraFiles, read_lora, write_lora
 from cadapter.errors import UsageError
 from cadapter.files import new_directory
-from cadapter.models.attach import SteeredModel, Strength, check_fit, load_causal_lm
+from cadapter.models.attach import SteeredModel, Strength, check_fit, load_causal_lm, rows_of
 from cadapter.models.attach_lora import SteeredLora
 from cadapter.models.checkpoint import Checkpoint, open_model
 from cadapter.models.device import usable_device
@@ -44,7 +44,8 @@ DEFAULT = "default"
 
 PathLike = str | Path
 AdapterPaths = PathLike | Mapping[str, PathLike]
-Strengths = Strength | Mapping[str, Strength]
+OneStrength = Strength | torch.Tensor
+Strengths = OneStrength | Mapping[str, OneStrength]
 
 
 class _Attached:
@@ -99,12 +100,15 @@ class SteeredLM(_Model):
 
         Args:
             strength: a number for all adapters: 1 as trained, −1 the inverse, 0 the base bit for bit, 0.5 half-way; a
-                sequence of numbers: one for each row of a batch; or one of these for each adapter to be set, by name.
+                sequence of numbers, or a tensor: one for each row of a batch; or one of these for each adapter to be
+                set, by name.
 
         Raises:
             UsageError: an adapter has no such strength or there is no adapter of a name; all stays as it was.
         """
         wanted = _by_name(strength, self._attached)
+        for each in wanted.values():
+            rows_of(each)  # all are numbers before the first is set
         before = self.strengths
         try:
             for name, each in wanted.items():
@@ -140,10 +144,11 @@ class SteeredLM(_Model):
             raise UsageError(f"The model has several adapters.\nGive the name of one: {', '.join(self._attached)}.")
         [chosen] = _by_name({name: 0} if name else 0, self._attached)
         target = Path(directory).expanduser()
-        if force:
-            refuse_foreign_directory(target)
-        with new_directory(target, force) as temporary:
-            self._attached[chosen].write(temporary)
+        with _in_words_of_python():
+            if force:
+                refuse_foreign_directory(target)
+            with new_directory(target, force) as temporary:
+                self._attached[chosen].write(temporary)
 
     def detach(self) -> Any:
         """Take all adapters away and return the model, which is then what it was before them."""
@@ -168,6 +173,15 @@ class SteeredLM(_Model):
     push_to_hub = save_pretrained
 
 
+@contextmanager
+def _in_words_of_python() -> Iterator[None]:
+    """Errors within speak of arguments where commands have options."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error).replace("--force", "force=True")) from error
+
+
 @functools.cache
 def _steered_class(model_class: type) -> type:
     """The class of a model of ``model_class`` with adapters; of the same name, which transformers looks at."""
@@ -181,11 +195,17 @@ def _by_name(strengths: Strengths, names: Mapping[str, Any]) -> dict[str, Streng
         UsageError: a name that there is not.
     """
     if not isinstance(strengths, Mapping):
-        return dict.fromkeys(names, strengths)
+        return dict.fromkeys(names, _plain(strengths))
     unknown = [name for name in strengths if name not in names]
     if unknown:
         raise UsageError(f"There is no adapter named {unknown[0]!r}.\nThere is: {', '.join(names)}.")
-    return dict(strengths)
+    return {name: _plain(each) for name, each in strengths.items()}
+
+
+def _plain(strength: Any) -> Strength:
+    """A strength as numbers of Python, where it is a tensor or an array."""
+    plain: Strength = strength.tolist() if hasattr(strength, "tolist") else strength
+    return plain
 
 
 def load(
@@ -284,4 +304,4 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _device(device: torch.device | str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return usable_device(str(device))
+    return usable_device(str(device), called="device")

@@ -10,7 +10,9 @@ import errno
 import functools
 import io
 import os
+import re
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -23,6 +25,7 @@ from cadapter.errors import CannotWrite
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 _SHOW_AFTER_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 5.0
@@ -33,6 +36,7 @@ _SPELLINGS = str.maketrans({
     "±": "+/-", "→": "->", "…": "...", "∞": "inf", "∥": "||", "α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps",
     "λ": "lambda",
     "ρ": "rho", "σ": "sigma", "Σ": "Sum", "Δ": "Delta", "₀": "0", "₁": "1", "₂": "2", "²": "^2", "³": "^3", "½": "1/2",
+    **dict.fromkeys("█▉▊▋▌", "#"), **dict.fromkeys("▍▎▏", "|"),
     "ᵀ": "^T", "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " ",
 })  # fmt: skip
 """What is written for a character that a stream's encoding lacks; "?" for any other."""
@@ -178,6 +182,11 @@ def note(text: str) -> None:
         print(text, flush=True)
 
 
+def result(text: str) -> None:
+    """Print ``text``, which is what the command was asked for, on standard output, also with ``--quiet``."""
+    print(text, flush=True)
+
+
 def warn(text: str) -> None:
     """Print "warning: ``text``" on standard error; further lines stand below the first."""
     _labelled("warning: ", text)
@@ -208,22 +217,90 @@ def table(
 ) -> None:
     """Print a table on standard output, each cell whole: folded on a terminal, on one line elsewhere.
 
+    Where numbers would have to be folded, each row is a block of lines instead, with a name and a value on each.
     ``align`` has one letter for each column, l, r or c; columns without a letter are r. None is an empty cell.
     """
+    from rich.text import Text
+
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    screen = console() if console().is_terminal else console(width=_UNLIMITED_WIDTH)
+    widths = _column_widths([columns, *cells], screen.width)
+    if title:
+        screen.print(Text(title))
+    if widths is None:
+        _print_blocks(screen, columns, cells)
+    else:
+        screen.print(_grid(columns, cells, widths, align))
+    if footer:
+        screen.print(Text(footer))
+
+
+_NUMBER = re.compile(r"\W*\d[\d.,]*(e[-+]?\d+)?\W*")
+_FOLDED_FROM = 16
+"""A word of more characters that is no number may be folded."""
+
+
+def _column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """Characters for each column of ``rows`` on a terminal of ``width``; None: there are too few for the numbers.
+
+    The widest columns are narrowed first, and none beyond its longest word.
+    """
+    columns = list(zip(*rows, strict=True))
+    least = [max(map(_least_width, column)) for column in columns]
+    widths = [max(_width(line) for cell in column for line in cell.split("\n")) for column in columns]
+    available = width - 3 * len(columns) - 1  # a column's two spaces, and what is between columns and beside them
+    if sum(least) > available:
+        return None
+    for _ in range(sum(widths) - available):
+        widest = max((each for each in range(len(widths)) if widths[each] > least[each]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return widths
+
+
+def _least_width(cell: str) -> int:
+    words = ((word, _width(word)) for word in cell.split())
+    return max((size if _NUMBER.fullmatch(word) else min(size, _FOLDED_FROM) for word, size in words), default=0)
+
+
+def _width(text: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int], align: str) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=box.SIMPLE_HEAD, header_style="bold")
     sides: dict[str, Any] = {"l": "left", "r": "right", "c": "center"}
-    for name, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
-        grid.add_column(Text(name), justify=sides[side], overflow="fold")
+    for name, width, side in zip(columns, widths, align.ljust(len(columns), "r"), strict=True):
+        grid.add_column(Text(name), justify=sides[side], overflow="fold", width=width)
     for row in rows:
-        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    screen = console() if console().is_terminal else console(width=_UNLIMITED_WIDTH)
-    for part in (Text(title), grid, Text(footer)):
-        if part:
-            screen.print(part)
+        grid.add_row(*map(Text, row))
+    return grid
+
+
+def _print_blocks(screen: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as lines "name value"; a value that has no room beside its name stands below it."""
+    from rich.text import Text
+
+    indent = 2 + max(map(_width, columns))
+    for row in rows:
+        screen.print()
+        for name, cell in zip(columns, row, strict=True):
+            if not cell.strip():
+                continue
+            if indent + _least_width(cell) <= screen.width:
+                lines = textwrap.wrap(cell, max(screen.width - indent, 1))
+            else:
+                lines = ["", *textwrap.wrap(cell, screen.width - 2, break_long_words=False)]
+            first, *others = lines
+            screen.print(Text(f"{name}{' ' * (indent - _width(name))}{first}".rstrip()), soft_wrap=True)
+            for line in others:
+                screen.print(Text(" " * (indent if first else 2) + line), soft_wrap=True)
+    screen.print()
 
 
 def progress(description: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Advance]:

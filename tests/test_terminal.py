@@ -80,6 +80,25 @@ def test_a_narrow_terminal_folds_cells_and_drops_nothing() -> None:
     assert "…" not in shown
 
 
+@pytest.mark.parametrize("columns", [80, 40, 14])
+def test_numbers_are_never_folded(columns: int) -> None:
+    names = ["stages × replicas", "accumulation", *(f"between {each}, MiB" for each in "abcd"), "remark"]
+    cells = ["1 × 4", "4", "2,535,489.1", "6.891e-07", "-1,234.56*", "99.5%", "best of these"]
+    shown = on_terminal(f"terminal.table('T', {names!r}, [{cells!r}], footer='F')", columns=columns)
+    for number in cells[1:-1]:
+        assert number in shown.split()
+    assert len([line for line in shown.splitlines() if "replicas" in line]) == 1
+    assert shown.split()[0] == "T"
+    assert shown.split()[-1] == "F"
+
+
+def test_a_row_that_has_no_room_is_a_block_of_lines() -> None:
+    shown = on_terminal(
+        "terminal.table('', ['name', 'a number', 'b', 'c'], [['x', 12345.678, 7.125, None]])", columns=24
+    )
+    assert [line for line in shown.splitlines() if line] == ["name      x", "a number  12345.678", "b         7.125"]
+
+
 def test_colours_only_where_they_are_wanted() -> None:
     program = "terminal.table('T', ['a'], [['x']])"
     assert "\x1b[1m" in on_terminal(program)
@@ -92,7 +111,8 @@ def test_notes_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     terminal.note(f"[red]{LONG}")
     terminal.set_quiet(True)
     terminal.note("unheard")
-    assert capsys.readouterr().out == f"[red]{LONG}\n"
+    terminal.result("[blue]heard")
+    assert capsys.readouterr().out == f"[red]{LONG}\n[blue]heard\n"
 
 
 def test_progress_is_silent_for_quick_work(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +173,10 @@ def test_messages_hold_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixtu
     terminal.error("x.json: \x1b]0;title\x07\x1b[2J\x9b31m é\n\tnext\r")
     shown = capsys.readouterr().err
     assert shown == "error: x.json: \\x1b]0;title\\x07\\x1b[2J\\x9b31m é\n       \tnext\\x0d\n"
+
+
+def test_bars_are_spelt_where_blocks_are_missing() -> None:
+    assert terminal.spelt("██▌ ▏ 12", "ascii") == "### | 12"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -101,7 +102,12 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_NAME
     if not file.is_file():
         is_model = (path / "config.json").is_file()
-        hint = " This is a model: commands that take both want BASE first, then ADAPTER." if is_model else ""
+        hint = (
+            "\nThis is a model, complete as it is, as full fine-tuning writes them: give it where a model is wanted, "
+            f"such as cadapter generate {shlex.quote(str(path))}. A command that takes both wants BASE first, then "
+            "ADAPTER."
+        )
+        hint = hint if is_model else ""
         raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}.\n{_REMEDY}{hint}")
     refuse_links_out(path, (CONFIG_NAME, WEIGHTS_NAME))
     config = read_json(file)

@@ -35,6 +35,7 @@ def command(
 
     Exits with 1 if something is broken. Warnings are about what works and could be better.
     """
+    import shlex
     from dataclasses import asdict
 
     from cadapter.doctor.places import check_config, check_disks, check_hub, check_limits
@@ -59,7 +60,8 @@ def command(
     if broken:
         raise CheckFailed(f"{broken} of {len(found)} things are broken.\nDo what stands behind -> above.")
     if json_file != STANDARD_OUTPUT:
-        print(f"\nNothing is broken; warnings: {warnings}.\nNext: cadapter prepare {config or 'config.toml'}")
+        following = shlex.join(["cadapter", "prepare", str(config or "config.toml")])
+        print(f"\nNothing is broken; warnings: {warnings}.\nNext: {following}")
 
 
 def _print(found: list[Finding]) -> None:

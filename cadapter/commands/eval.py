@@ -186,19 +186,20 @@ def _report(
     from cadapter.convert.norms import measure, verdict
     from cadapter.data import load_tokenizer
     from cadapter.steering.choosing import KL_BUDGET, choose
-    from cadapter.steering.report import Report, remarks_of
+    from cadapter.steering.report import Report, remarks_of, single_classes
     from cadapter.steering.sampling import sampled
 
     is_control = (directory / CONFIG_NAME).is_file() and kind_of(directory) == "control"
     files = read_control_adapter(directory) if sweep and is_control else None
     norms = measure(files) if files else {}
+    budget, single = kl_budget or KL_BUDGET, single_classes(result.documents)
     continued = result.continuations
     return Report(
         config=config,
         base=settings.model_dir,
         subject=directory,
         evaluation=result,
-        choice=choose(result.contrasts, result.leans, result.costs, kl_budget or KL_BUDGET) if is_control else None,
+        choice=choose(result.contrasts, result.leans, result.costs, budget, single) if is_control else None,
         sampled=sampled(continued, load_tokenizer(settings).fast) if continued else None,
         adapter=files,
         norms=norms,
@@ -225,17 +226,19 @@ def _tell(report: Report, json_file: Path | None, html: Path | None) -> None:
 
 def _note_next(settings: Config, directory: Path) -> None:
     """Say what to do with what was evaluated."""
+    import shlex
+
     from cadapter.adapters.directory import CONFIG_NAME, kind_of
     from cadapter.terminal import note
 
-    chat = " --chat" if settings.has_chats else ""
-    trusting = "".join(f" {word}" for word in trust_words(settings.trust_remote_code))
+    subject, chat = str(directory), ["--chat"] if settings.has_chats else []
     if not (directory / CONFIG_NAME).is_file():
-        note(f"Next: cadapter generate {directory} PROMPT{chat}{trusting}")
+        words = ["generate", subject, "PROMPT", *chat]
     elif kind_of(directory) == "control":
-        note(f"Next: cadapter generate {settings.model_dir} PROMPT --adapter {directory} --compare{chat}{trusting}")
+        words = ["generate", settings.model_dir, "PROMPT", "--adapter", subject, "--compare", *chat]
     else:
-        note(f"Next: cadapter merge {settings.model_dir} {directory} OUTPUT{trusting}")
+        words = ["merge", settings.model_dir, subject, "OUTPUT"]
+    note(f"Next: {shlex.join(['cadapter', *words, *trust_words(settings.trust_remote_code)])}")
 
 
 def _file_and_class(text: str) -> tuple[str, int]:

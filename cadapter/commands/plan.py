@@ -79,7 +79,7 @@ def command(
     Only the model's config.json is needed. Where the run does not fit the GPU, the settings that would make it fit are
     named; for several GPUs the possible layouts are compared. It is all by estimate: docs/planning.md has the formulas.
     """
-    from cadapter.config import config_warnings, load_config
+    from cadapter.config import config_warnings, load_config, locating
     from cadapter.files import STANDARD_OUTPUT, check_report, write_json_report
     from cadapter.planning.machines import machine
     from cadapter.terminal import set_quiet, warn
@@ -93,7 +93,8 @@ def command(
     there = machine(gpus or settings.pipeline_stages, nodes, tuple(link or ()), gpu, gpu_memory)
     for text in config_warnings(settings):
         warn(text)
-    found = forecast(settings, there, sequences)
+    with locating(config, overrides or []):
+        found = forecast(settings, there, sequences)
     if json_file != STANDARD_OUTPUT:
         show_forecast(found, config, overrides or [])
     if json_file is not None:

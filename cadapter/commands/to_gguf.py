@@ -51,6 +51,8 @@ def command(
     Names, and the order of rows where llama.cpp has another than the model, are those of llama.cpp's own converters.
     A control adapter becomes a LoRA with to-add-lora first.
     """
+    import shlex
+
     from cadapter.convert.gguf import lay_out, write_gguf
     from cadapter.terminal import note, progress, warn
 
@@ -67,7 +69,7 @@ def command(
     note(
         f"{output}: LoRA for architecture {found.architecture}, alpha {found.alpha:g}, {modules}.\n"
         f"{summary.tensors.total()} tensors ({written}), {summary.bytes.total() / 1e6:.3f} MB{rounding}.\n"
-        f"Next: llama-cli -m base.gguf --lora {output}"
+        f"Next: {shlex.join(['llama-cli', '-m', 'base.gguf', '--lora', str(output)])}"
     )
 
 

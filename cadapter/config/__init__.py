@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cadapter.config.idle import idle_in_run, idle_keys
-from cadapter.config.loading import load_config, located
+from cadapter.config.loading import load_config, located, locating
 from cadapter.config.rules import check_layout, config_warnings
 from cadapter.config.schema import ClassWeights, Config, DatasetConfig
 
@@ -17,4 +17,5 @@ __all__ = [
     "idle_keys",
     "load_config",
     "located",
+    "locating",
 ]

@@ -88,7 +88,7 @@ def _problem(path: KeyPath, entries: Sequence[Any], data: Mapping[str, Any]) -> 
     if kinds == {WRONG}:
         return Problem(path, entries[0]["msg"])
     value = value_at(data, path)
-    if kinds == {"literal_error"} and isinstance(value, str):
+    if "literal_error" in kinds and isinstance(value, str):
         return Problem(path, f"no such choice; give {wanted}")
     if all(kind.endswith("_type") or kind == "literal_error" for kind in kinds):
         return Problem(path, f"{toml_type(value)} is not accepted here; give {wanted}")

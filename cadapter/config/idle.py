@@ -64,6 +64,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda config: not config.sample_prompts,
         "has no effect without sample_prompts; remove it, or give prompts",
     ),
+    (
+        ("early_stopping_patience",),
+        lambda config: config.evals_per_run == 1,
+        "has no effect with one evaluation, after the last step; remove it, or raise evals_per_run",
+    ),
 )
 """Keys, when they do nothing, and what is said of them. Of a key that several rules name, the first counts; of a key
 within an idle table nothing more is said."""
@@ -87,9 +92,28 @@ def _is_given(config: Any, path: tuple[str, ...]) -> bool:
     return name in config.model_fields_set and (not rest or _is_given(getattr(config, name), tuple(rest)))
 
 
-def idle_in_run(config: Config, steps: int, layers: int, neutral_tokens: int) -> list[Problem]:
-    """The keys of ``config`` that do not do what they say in a run of so many steps on a model of so many layers."""
-    return list(_idle_in_run(config, steps, layers, neutral_tokens))
+def idle_in_run(
+    config: Config,
+    steps: int,
+    layers: int,
+    neutral_tokens: int,
+    hidden_size: int | None = None,
+    sequences: int | None = None,
+    sequences_per_step: int = 1,
+) -> list[Problem]:
+    """The keys of ``config`` that do not do what they say in a run of so many steps on a model of so many layers.
+
+    ``hidden_size``: of the model; ``sequences``: packed ones to train on; None: not known.
+    """
+    found = list(_idle_in_run(config, steps, layers, neutral_tokens))
+    if hidden_size is not None and not config.full_fine_tune and config.lora_rank > hidden_size:
+        text = f"the model's hidden size is {hidden_size:,}, beyond which a rank adds nothing; give a smaller one"
+        found.append(Problem(("lora_rank",), text))
+    if sequences is not None and sequences_per_step > sequences:
+        key = "gradient_accumulation_steps" if config.gradient_accumulation_steps > 1 else "micro_batch_size"
+        text = f"a step is to take {sequences_per_step:,} sequences, and there are {sequences:,} in all; lower it"
+        found.append(Problem((key,), text))
+    return found
 
 
 def _idle_in_run(config: Config, steps: int, layers: int, neutral_tokens: int) -> Iterable[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from cadapter.config.rules import Problem, WrongKey
 from cadapter.errors import UsageError
 
 _PART = re.compile(r"\s*([0-9]+)\s*(?::\s*([0-9]+)\s*)?", re.ASCII)
@@ -32,7 +33,8 @@ def parse_layers(spec: str | None, count: int) -> list[int]:
     """The layers that ``spec`` names in a model of ``count`` layers, sorted, each once; all of them for ``None``.
 
     Raises:
-        UsageError: ``spec`` cannot be read, or names a layer that the model does not have.
+        UsageError: ``spec`` cannot be read.
+        WrongKey: it names a layer that the model does not have.
     """
     if spec is None:
         return list(range(count))
@@ -40,9 +42,8 @@ def parse_layers(spec: str | None, count: int) -> list[int]:
     for first, last in parse_ranges(spec):
         if last >= count:
             part = str(first) if first == last else f"{first}:{last}"
-            raise UsageError(
-                f'layers_to_transform = "{spec}": "{part}" goes past the last layer; '
-                f"the model has {count} layers, 0 to {count - 1}"
-            )
+            remedy = f'write "{first}:{count - 1}"' if first < count else "leave it out"
+            text = f'"{part}" goes past the last layer: the model has {count} layers, 0 to {count - 1}; {remedy}'
+            raise WrongKey(Problem(("layers_to_transform",), text), spec)
         layers.update(range(first, last + 1))
     return sorted(layers)

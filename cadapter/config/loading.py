@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cadapter.config.checking import check, contains, value_at
 from cadapter.config.lines import KeyPath, index_lines, line_of
 from cadapter.config.overrides import Override, apply_override, overridden_by
-from cadapter.config.rules import Problem
+from cadapter.config.rules import Problem, WrongKey
 from cadapter.config.schema import Config
 from cadapter.config.toml import parse_toml, toml_text
 from cadapter.errors import UsageError
@@ -41,6 +42,15 @@ def located(problems: Sequence[Problem], path: Path, overrides: Sequence[str] = 
     lines = index_lines(source)
     applied, _ = _apply(overrides, data)
     return [text for _, _, text in sorted(_report(problem, data, path, lines, applied) for problem in problems)]
+
+
+@contextmanager
+def locating(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Within, an error that is about one key of the config at ``path`` says where that key was given."""
+    try:
+        yield
+    except WrongKey as error:
+        raise UsageError("\n".join(located([error.problem], path, overrides))) from error
 
 
 def _apply(overrides: Sequence[str], data: dict[str, Any]) -> tuple[list[Override], list[str]]:
@@ -99,4 +109,5 @@ def _parse(path: Path, source: str) -> dict[str, Any]:
             position = f"{path}:{place[1]}:{place[2]}"
         else:
             position = f"{path}:{source.rstrip().count(chr(10)) + 1}" if where else str(path)
-        raise UsageError(f"{position}: not valid TOML: {what}; correct it.") from None
+        quotes = ' (a string stands in quotes: key = "value")' if what == "Invalid value" else ""
+        raise UsageError(f"{position}: not valid TOML: {what}{quotes}; correct it.") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from cadapter.classes import NEUTRAL, POSITIVE
 from cadapter.config.lines import KeyPath
-from cadapter.config.toml import toml_key
+from cadapter.config.toml import toml_key, toml_text
 from cadapter.errors import UsageError
 
 
@@ -24,6 +24,14 @@ class Problem:
     def key(self) -> str:
         """The path as it is written after --set: ``datasets.0.control_class``."""
         return toml_key(self.path)
+
+
+class WrongKey(UsageError):
+    """What only the model shows to be wrong with one key of the config; where the key stands, who knows it adds."""
+
+    def __init__(self, problem: Problem, value: object) -> None:
+        super().__init__(f"{problem.key} = {toml_text(value)}: {problem.text}.")
+        self.problem = problem
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from cadapter.adapters.directory import ControlAdapterFiles, layer_ranges
@@ -45,10 +46,18 @@ def _judge_exact(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> l
     sigma = measured[worst].sigma_min
     if sigma <= SINGULAR:
         return [f"I + W of layer {worst} is singular: class −1 and strengths of −1 or less do not exist."]
-    magnifies = f"σ_min(I + W) is at least {sigma:.3g} (layer {worst}), so the inverse magnifies up to {1 / sigma:.3g}×"
+    least, most = _three_digits(sigma, math.floor), _three_digits(1 / sigma, math.ceil)
+    magnifies = f"σ_min(I + W) is at least {least} (layer {worst}), so the inverse magnifies up to {most}×"
     if sigma < SMALLEST_SIGMA:
         return [f"Warning: {magnifies}; above {1 / SMALLEST_SIGMA:g}× it is fragile. Train with a stronger decay."]
     return [f"Healthy: {magnifies}."]
+
+
+def _three_digits(value: float, towards: Callable[[float], int]) -> str:
+    """``value`` > 0 with three significant digits, none of them past it: ``towards`` is math.floor or math.ceil."""
+    digits = 2 - math.floor(math.log10(value))
+    # Rounded far beyond these first: 20 must not become 20.1 for what a float adds in its last place.
+    return f"{towards(round(value * 10**digits, 6)) / 10**digits:.3g}"
 
 
 def _judge_neumann(adapter: ControlAdapterFiles, measured: dict[int, Health]) -> list[str]:

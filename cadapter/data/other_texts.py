@@ -50,8 +50,13 @@ def documents_from_file(path: str, control_class: int, config: Config, tokenizer
     ):
         wanted = np.flatnonzero(store.classes == control_class)
         documents = [
-            HeldOutDocument(dataset.name, control_class, *alone(*store.read(start, stop), layout))
-            for start, stop in ((store.offsets[d : d + 1], store.offsets[d + 1 : d + 2]) for d in wanted)
+            HeldOutDocument(
+                dataset.name,
+                control_class,
+                *alone(*store.read(store.offsets[d : d + 1], store.offsets[d + 1 : d + 2]), layout),
+                pair=(path, number) if fields.chosen else None,  # both sides of every record are there
+            )
+            for number, d in enumerate(wanted)
         ]
     check_vocabulary(tokenizer.directory, max(int(each.ids.max()) for each in documents))
     return documents

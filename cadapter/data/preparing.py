@@ -14,7 +14,7 @@ from cadapter.data import cache
 from cadapter.data.bad_records import BadRecords
 from cadapter.data.building import build_stream, check_vocabulary
 from cadapter.data.records import Fields
-from cadapter.data.sequences import HeldOutDocument, PackedSequences
+from cadapter.data.sequences import HeldOutDocument, PackedSequences, with_pairs
 from cadapter.data.sources import COMPRESSIONS, resolve_files
 from cadapter.data.store import Dataset
 from cadapter.data.tokenising import Tokenizer
@@ -163,12 +163,13 @@ def prepare_data(config: Config, *, force: bool = False, skip_bad: int | None = 
     train, evaluation = (
         PackedSequences.joined([getattr(entry, part) for entry in entries]) for part in ("train", "evaluation")
     )
+    of_pairs = {dataset.name for stream in streams for dataset in stream if dataset.fields.chosen}
     _warn_without_evaluation(config, reports)
     _list_bad(reports)
     return PreparedData(
         train=train,
         evaluation=evaluation if len(evaluation) else None,
-        documents=[document for entry in entries for document in entry.documents],
+        documents=with_pairs([document for entry in entries for document in entry.documents], of_pairs),
         reports=reports,
         fingerprint=_fingerprint(keys),
         tokenizer=tokenizer,

@@ -17,7 +17,7 @@ from typing import Any
 
 from cadapter.classes import CLASS_NAMES, NEGATIVE, POSITIVE
 from cadapter.data.chat import Chat, Span, shortened
-from cadapter.data.sources import Record, no_field, type_name
+from cadapter.data.sources import NoField, Record, type_name
 from cadapter.errors import UsageError
 
 RenderChat = Callable[[Any, Any, str], Chat]
@@ -49,6 +49,12 @@ class Fields:
         """The fields that a record must have."""
         pair = (self.chosen, self.rejected) if self.chosen else (self.messages or self.text,)
         return tuple(name for name in (*pair, self.class_) if name is not None)
+
+    def key_of(self, name: str) -> str:
+        """The key of the config that says that records need the field ``name``."""
+        keys = {"chosen_field": self.chosen, "rejected_field": self.rejected, "class_field": self.class_}
+        other = "messages_field" if self.messages else "text_field"
+        return next((key for key, value in keys.items() if value == name), other)
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -82,7 +88,7 @@ def documents_of(record: Record, fields: Fields, control_class: int, render: Ren
     where = record.where
     for name in fields.needed:
         if name not in record.fields:
-            raise no_field(where, name, record.fields)
+            raise NoField(where, name, record.fields)
     tools = record.fields.get("tools")
     if fields.chosen and fields.rejected:
         pair = ((fields.chosen, POSITIVE), (fields.rejected, NEGATIVE))

@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cadapter.classes import CLASS_NAMES, NEGATIVE, POSITIVE
-from cadapter.data import arrow
-from cadapter.data.cache import TEXTS
-from cadapter.data.preparing import datasets_of
-from cadapter.data.repeated import places_of
+from cadapter.data.remarks import data_warnings, repeats_of, texts_occur
 from cadapter.data.showing import COLOURS, LABELS
-from cadapter.data.statistics import count_repeats
-from cadapter.terminal import console, note, table, warn
+from cadapter.terminal import console, result, table, warn
 
 if TYPE_CHECKING:
     from cadapter.config import Config
@@ -93,7 +89,7 @@ def _print_left_out(data: PreparedData, mixed: bool) -> None:
     }
     columns = [key for key, total in sums.items() if total]
     if not columns:
-        return note("Nothing was left out, cut or padded.")
+        return result("Nothing was left out, cut or padded.")
     rows: list[Sequence[object]] = [
         (
             report.name,
@@ -102,7 +98,8 @@ def _print_left_out(data: PreparedData, mixed: bool) -> None:
         for report, count in zip(data.reports, counts, strict=True)
     ]
     total = ("all", *(f"{sums[key]:,}" for key in columns))
-    footer = "Documents, where nothing else is said. Split: in more than one sequence, with nothing lost."
+    split = "with nothing lost" if not sums["tokens dropped"] else "counted before tokens were dropped"
+    footer = f"Documents, where nothing else is said. Split: in more than one sequence, {split}."
     return table("Left out, cut and padded", ("dataset", *columns), [*rows, total], footer=footer)
 
 
@@ -138,32 +135,21 @@ def _print_classes(data: PreparedData) -> None:
     few, many = sorted((trained[POSITIVE], trained[NEGATIVE]))
     if few and many >= _IMBALANCE * few:
         fuller, other = ("+1", "−1") if trained[POSITIVE] == many else ("−1", "+1")
-        note(
+        result(
             f"Class {fuller} has {many / few:.1f} times the tokens of class {other}: class_weights, or max_tokens of a "
             "dataset, would balance them.\n"
         )
 
 
 def _print_repeats(data: PreparedData, config: Config) -> None:
-    """Print how many texts occur more than once, and warn of those that do so where it does harm."""
-    repeats = count_repeats(arrow.read_fingerprints(directory / TEXTS) for directory in data.directories)
+    """Print how many texts occur more than once, and warn of what is hardly meant."""
+    repeats = repeats_of(data)
     if repeats.documents:
-        note(f"{_texts(repeats.texts)} more than once; {repeats.documents:,} documents repeat an earlier one.")
+        result(f"{texts_occur(repeats.texts)} more than once; {repeats.documents:,} documents repeat an earlier one.")
     else:
-        note("No text occurs twice.")
-    if repeats.across_classes:
-        shown = places_of(repeats.keys_across_classes, datasets_of(config), data.tokenizer, config.seed)
-        more = repeats.across_classes - len(shown)
-        lines = [f"{text}: {'; '.join(places)}" for text, places in shown]
-        rest = [f"and {more:,} more"] if more > 0 else []
-        heading = f"{_texts(repeats.across_classes)} in more than one class, which cancel each other out."
-        warn("\n".join([heading, *lines, *rest]))
-    if repeats.across_halves:
-        warn(f"{_texts(repeats.across_halves)} both in training and in evaluation, which will look better than it is.")
-
-
-def _texts(count: int) -> str:
-    return f"{count:,} {'text occurs' if count == 1 else 'texts occur'}"
+        result("No text occurs twice.")
+    for text in data_warnings(data, config, repeats, with_places=True):
+        warn(text)
 
 
 def _print_bars(title: str, bars: Sequence[tuple[str, int, str, str]]) -> None:

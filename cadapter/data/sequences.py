@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
+from cadapter.classes import NEGATIVE, POSITIVE
 from cadapter.data.packing import BOUNDARY, TRAINED, SequenceBlock
 
 
@@ -75,7 +77,7 @@ class HeldOutDocument:
 
     ``ids`` [n] int32; ``trained`` [n] bool is true for the tokens whose prediction is scored (not those of the
     sequence prefix, nor masked ones). A first token is never predicted, whatever ``trained`` says. ``left_out`` is how
-    many tokens the cut took away.
+    many tokens the cut took away. ``pair`` names the preference pair that it is one side of: its source and number.
     """
 
     dataset: str
@@ -83,3 +85,18 @@ class HeldOutDocument:
     ids: np.ndarray
     trained: np.ndarray
     left_out: int = 0
+    pair: tuple[str, int] | None = None
+
+
+def with_pairs(documents: Sequence[HeldOutDocument], sources: Collection[str]) -> list[HeldOutDocument]:
+    """Return ``documents``, in the order of their records, with the pairs named that those of ``sources`` come from.
+
+    A chosen side that its rejected one follows at once is a pair; ``max_tokens`` may have cut one apart.
+    """
+    found = list(documents)
+    for place, (chosen, rejected) in enumerate(pairwise(documents)):
+        same = chosen.dataset == rejected.dataset and chosen.dataset in sources
+        if same and (chosen.control_class, rejected.control_class) == (POSITIVE, NEGATIVE):
+            pair = chosen.dataset, place
+            found[place : place + 2] = [replace(each, pair=pair) for each in (chosen, rejected)]
+    return found

@@ -255,7 +255,7 @@ def _read_parquet(file: Path, needed: tuple[str, ...], optional: tuple[str, ...]
             names = table.schema_arrow.names
             for name in needed:
                 if name not in names:
-                    raise no_field(str(file), name, names, "columns")
+                    raise NoField(str(file), name, names, "columns")
             columns = [*needed, *(name for name in optional if name in names)]
             row = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
@@ -302,13 +302,16 @@ def type_name(value: Any) -> str:
     return _JSON_TYPES.get(type(value), f"of type {type(value).__name__}")
 
 
-def no_field(where: str, field: str, names: Iterable[str], kind: str = "fields") -> UsageError:
-    """Return the error that says that ``field`` is not there, and what is."""
-    there = ", ".join(map(str, names)) or "none"
-    return UsageError(
-        f"{where}: there is no {field!r} ({kind}: {there}).\n"
-        "Set the dataset's text_field (messages_field, class_field, …) to what is there, or correct the file."
-    )
+class NoField(UsageError):
+    """A record at ``where`` lacks ``field``; what it has are ``names``."""
+
+    def __init__(self, where: str, field: str, names: Iterable[str], kind: str = "fields") -> None:
+        self.field = field
+        self.there = ", ".join(map(str, names)) or "none"
+        super().__init__(
+            f"{where}: there is no {field!r} ({kind}: {self.there}).\n"
+            "Set the dataset's text_field (messages_field, class_field, …) to what is there, or correct the file."
+        )
 
 
 _READERS = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

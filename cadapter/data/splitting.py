@@ -1,8 +1,9 @@
 """Which documents of a dataset are trained on, and which are held out for evaluation.
 
 Every document has a key, a hash of (seed, its text). In the order of the keys, which is as good as random and does
-not depend on file names or on the other documents, the first ones are held out: the same text falls on the same
-side in every dataset, and a file that grows keeps most of its split.
+not depend on file names or on the other documents, the first ones are held out, so that a file that grows keeps most of
+its split. How many these are is counted in each dataset by itself: a text near the limit that is in two datasets may be
+held out in one and trained on in the other, which :mod:`cadapter.data.remarks` finds.
 """
 
 from __future__ import annotations

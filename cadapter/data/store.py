@@ -19,11 +19,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from cadapter.classes import NEUTRAL
+from cadapter.config.toml import toml_text
 from cadapter.data.bad_records import BadRecords
 from cadapter.data.chat import NoChatTemplate, Span
 from cadapter.data.parts import grouped
 from cadapter.data.records import Document, Fields, documents_of
-from cadapter.data.sources import OnBad, Record, read_records
+from cadapter.data.sources import NoField, OnBad, Record, read_records
 from cadapter.data.splitting import document_key
 from cadapter.data.tokenising import CHARACTERS_AT_ONCE, Framing, Tokenizer, starts_with
 from cadapter.errors import UsageError
@@ -154,11 +155,17 @@ def write_store(
             counts = Counts()
             writer.counts.append(counts)
 
-            def bad(error: UsageError, counts: Counts = counts) -> None:
-                bad_records(error)
-                counts.bad_records.append(str(error).splitlines()[0])
-
             encoder = _Encoder(dataset, tokenizer, framing, seed)
+
+            def bad(error: UsageError, counts: Counts = counts, encoder: _Encoder = encoder) -> None:
+                try:
+                    bad_records(error)
+                except UsageError:
+                    encoder.refuse_without_field(error)
+                    raise
+                counts.bad_records.append(str(error).splitlines()[0])
+                encoder.missed = error
+
             for batch in _in_parallel(encoder.encode, encoder.batches(bad)):
                 for result in batch:
                     try:
@@ -170,6 +177,7 @@ def write_store(
                 writer.flush()
                 advance(len(batch))
             if len(writer.lengths) == before:
+                encoder.refuse_without_field(encoder.missed)
                 bad_records.settle()
                 raise UsageError(_no_documents(dataset, counts))
         bad_records.settle()
@@ -188,7 +196,17 @@ def _no_documents(dataset: Dataset, counts: Counts) -> str:
         if count
     ]
     found = f"only {', '.join(left_out)}" if left_out else "none"
-    return f"The dataset {dataset.path} has no documents ({found}{files})."
+    remedies = [
+        remedy
+        for count, remedy in (
+            (counts.overlength_documents, 'Raise sequence_len, or set overlength to "truncate" or "split".'),
+            (counts.empty_documents, "Check that the dataset's fields are those that hold the texts."),
+        )
+        if count
+    ]
+    return "\n".join(
+        [f"The dataset {dataset.path} has no documents ({found}{files}).", *(remedies or ["Correct the file."])]
+    )
 
 
 class _Read(NamedTuple):
@@ -215,6 +233,21 @@ class _Encoder:
         self._seed = seed
         self._masked = np.zeros(max([*framing.masked, 0]) + 2, bool)  # the last stands for all ids above
         self._masked[list(framing.masked)] = True
+        self._any_usable = False
+        self.missed: UsageError | None = None
+
+    def refuse_without_field(self, error: UsageError | None) -> None:
+        """Where no record so far has what ``error`` misses, raise what is rather wrong with the config.
+
+        Raises:
+            UsageError: as said.
+        """
+        if isinstance(error, NoField) and not self._any_usable:
+            key = self._dataset.fields.key_of(error.field)
+            raise UsageError(
+                f"{self._dataset.path}: no record has {error.field!r} ({key} = {toml_text(error.field)}); the last one "
+                f"looked at has: {error.there}.\nSet {key} of this dataset to the field that is meant."
+            ) from error
 
     def batches(self, bad: OnBad) -> Iterator[list[_Read]]:
         """Yield the records in groups, so that tokenizers' threads have work and memory stays bounded."""
@@ -225,7 +258,9 @@ class _Encoder:
         fields, control_class = self._dataset.fields, self._dataset.control_class
         for record in records:
             try:
-                yield _Read(documents_of(record, fields, control_class, self._tokenizer.render_chat), record.where)
+                documents = documents_of(record, fields, control_class, self._tokenizer.render_chat)
+                self._any_usable = True
+                yield _Read(documents, record.where)
             except NoChatTemplate:
                 raise  # no record is to blame
             except UsageError as error:

@@ -72,6 +72,7 @@ def check_hub() -> Iterator[Finding]:
 def check_config(path: Path) -> Iterator[Finding]:
     """The places that a config names, if the config is right."""
     from cadapter.config import load_config
+    from cadapter.config.hub_ids import may_be_hub_id
     from cadapter.errors import UsageError
 
     try:
@@ -89,7 +90,7 @@ def check_config(path: Path) -> Iterator[Finding]:
     elif model.is_dir():
         yield Finding(CONFIG, "model_dir", "ok", str(model))
         yield from _own_code(model, config.trust_remote_code)
-    elif len(str(config.model_dir).split("/")) == 2 and not str(config.model_dir).startswith((".", "/", "~")):
+    elif may_be_hub_id(config.model_dir):
         yield Finding(CONFIG, "model_dir", "ok", f"{config.model_dir} is no directory here: it is taken for a hub id")
     else:
         yield Finding(CONFIG, "model_dir", "broken", f"{model} is not there.", "Give a directory or a hub id.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def rows_of(strength: Strength) -> list[float]:
     """
     rows = strength if isinstance(strength, Sequence) else [strength]
     for t in rows:
-        if isinstance(t, str) or not math.isfinite(t):
+        if not isinstance(t, Real) or not math.isfinite(t):
             raise UsageError(f"The strength {t!r} is not a finite number.\nGive one, such as 1, -1 or 0.5.")
     if not rows or isinstance(rows, str):
         raise UsageError("There is no strength.\nGive a number, or one for each row of a batch.")
@@ -59,7 +60,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
     if (directory / "adapter_config.json").exists():
         raise UsageError(
             f"{directory} holds an adapter beside the model (adapter_config.json), which transformers would apply to "
-            "it.\nMove the adapter's files to a directory of their own, and name it with --adapter."
+            "it.\nMove the adapter's files to a directory of their own, and name that as the adapter."
         )
     try:
         model, found = auto_model(checkpoint.config).from_pretrained(
@@ -74,7 +75,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | None, device: to
         )
     except torch.OutOfMemoryError as error:
         raise CadapterError(
-            f"{directory} does not fit into the memory of {device}.\nTry --dtype bfloat16, or --device cpu."
+            f"{directory} does not fit into the memory of {device}.\nTry the dtype bfloat16, or the device cpu."
         ) from error
     except failures(checkpoint.config, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cadapter.config.hub_ids import may_be_hub_id
 from cadapter.errors import UsageError
 from cadapter.files import read_json, refuse_links_out
 from cadapter.models import own_code
@@ -64,20 +65,26 @@ def resolve_model(model: str | Path, files: Sequence[str] = HUB_FILES, trust_rem
         return path
     if path.exists():
         raise UsageError(f"{path} is a file, not a model directory.")
-    parts = str(model).split("/")
-    if len(parts) != 2 or str(model).startswith((".", "~")) or not all(parts):
-        raise UsageError(f"{path} is not a directory.\nGive the directory of a Hugging Face model, or a hub id.")
-    from huggingface_hub import snapshot_download
+    from_here = "" if path.is_absolute() else f"\nIt was looked up from {Path.cwd()}: correct the path, or start there."
+    if not may_be_hub_id(str(model)):
+        raise UsageError(
+            f"{path} is not a directory.\nGive the directory of a Hugging Face model, or a hub id.{from_here}"
+        )
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         wanted = [*files, "*.py"] if trust_remote_code else list(files)
         return Path(snapshot_download(str(model), allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{model} is no directory here, and the hub did not give a model of that name ({type(error).__name__}).\n"
-            "Check the spelling and the connection, or give a local directory."
-        ) from error
+        text = (
+            f"{model} is not a directory, and the hub is not asked, since HF_HUB_OFFLINE is set.\n"
+            "Unset HF_HUB_OFFLINE if this is the name of a model on the hub, or give a local directory."
+            if constants.HF_HUB_OFFLINE
+            else f"{model} is not a directory, and the hub did not give a model of that name "
+            f"({type(error).__name__}).\nCheck the spelling and the connection, or give a local directory."
+        )
+        raise UsageError(f"{text}{from_here}") from error
 
 
 def load_model_config(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -11,8 +11,8 @@ from cadapter.errors import UsageError
 GIB = 2**30
 
 
-def usable_device(name: str) -> str:
-    """Return ``name`` if it is a device that torch can compute on here.
+def usable_device(name: str, called: str = "--device") -> str:
+    """Return ``name`` if it is a device that torch can compute on here; ``called``: what the user named it with.
 
     Raises:
         UsageError: it is not.
@@ -22,7 +22,7 @@ def usable_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"--device {name} cannot be used here: {reason}\nUse cpu, or cuda where there is a GPU."
+            f"{called} {name} cannot be used here: {reason}\nUse cpu, or cuda where there is a GPU."
         ) from error
     return name
 

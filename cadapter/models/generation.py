@@ -69,7 +69,7 @@ def _chat_text(tokenizer: Any, prompt: str) -> str:
     if not tokenizer.chat_template:
         raise UsageError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template.\n"
-            "Leave --chat out, or use the model's instruction-tuned version."
+            "Leave --chat out (in a config: sample_chat), or use the model's instruction-tuned version."
         )
     turns = [{"role": "user", "content": prompt}]
     try:

@@ -33,11 +33,17 @@ class Choice:
     words: tuple[str, ...]
 
 
-def choose(contrasts: Sequence[Contrast], leans: Sequence[Lean], costs: Sequence[Cost], budget: float) -> Choice | None:
+def choose(
+    contrasts: Sequence[Contrast],
+    leans: Sequence[Lean],
+    costs: Sequence[Cost],
+    budget: float,
+    single: Sequence[int] = (),
+) -> Choice | None:
     """Return the best pair of strengths and the best of each side; None where there are not both classes.
 
-    A contrast or lean that is less than two standard errors from zero is none. A pair costs what the dearer of its
-    strengths costs.
+    A contrast or lean that is less than two standard errors from zero, or whose standard error is not known, is none. A
+    pair costs what the dearer of its strengths costs. ``single``: the classes of which there is one document only.
     """
     if not leans:
         return None
@@ -55,12 +61,12 @@ def choose(contrasts: Sequence[Contrast], leans: Sequence[Lean], costs: Sequence
             named = [f"{t:+g} to {verb}" for t, verb in sides if t is not None]
             words.append(f"Each side by itself within the budget: {', '.join(named)}.")
     else:
-        words = [_why_none(contrasts, allowed, dearest, budget, enhance, suppress)]
+        words = [_no_error(single) if single else _why_none(contrasts, allowed, dearest, budget, enhance, suppress)]
     return Choice(budget, best, cost, enhance, suppress, tuple(words))
 
 
 def _is_clear(value: float, error: float) -> bool:
-    return value > (0 if math.isnan(error) else CLEAR * error)
+    return value > CLEAR * error  # which no value is whose error is NaN, not known
 
 
 def _best_side(leans: Sequence[Lean], kl: dict[float, float], budget: float, sign: int) -> float | None:
@@ -74,10 +80,10 @@ def _best_side(leans: Sequence[Lean], kl: dict[float, float], budget: float, sig
 
 
 def _praise(best: Contrast, cost: float, budget: float) -> list[str]:
-    error = "" if math.isnan(best.contrast_se) else f" ± {best.contrast_se:.4f}"
     return [
         f"Best within the KL budget: strength ±{best.strengths[0]:g}.",
-        f"Its contrast is {best.contrast:.4f}{error} nats per token, its KL {cost:.4f} of {budget:g}.",
+        f"Its contrast is {best.contrast:.4f} ± {best.contrast_se:.4f} nats per token, its KL {cost:.4f} of "
+        f"{budget:g}.",
     ]
 
 
@@ -86,6 +92,14 @@ def _further(best: Contrast, contrasts: Sequence[Contrast]) -> list[str]:
     if len(contrasts) < 2 or t < max(pair.strengths[0] for pair in contrasts):
         return []
     return [f"It is the largest strength tried; more may be better: --strength {-2 * t:g}:{2 * t:g}:{t / 2:g}"]
+
+
+def _no_error(single: Sequence[int]) -> str:
+    named = " and ".join(f"one document of class {'+1' if each > 0 else '−1'}" for each in single)
+    return (
+        f"There is {named}: no standard error, without which no strength is named. Score more documents: a larger "
+        "eval_fraction in training, or --data FILE:CLASS."
+    )
 
 
 def _why_none(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cadapter.adapters.directory import ControlAdapterFiles
 from cadapter.algebra import Health
+from cadapter.classes import NEGATIVE, POSITIVE
+from cadapter.data import HeldOutDocument
 from cadapter.steering.choosing import Choice
 from cadapter.steering.sampling import Sampled
 from cadapter.training.evaluation import Evaluation
@@ -43,9 +46,19 @@ class Report:
         return self.choice is not None or self.sampled is not None
 
 
+def single_classes(documents: Sequence[HeldOutDocument]) -> list[int]:
+    """Which of the classes +1 and −1 have one document among ``documents``, of whose mean there is no error."""
+    counts = Counter(document.control_class for document in documents)
+    return [class_ for class_ in (POSITIVE, NEGATIVE) if counts[class_] == 1]
+
+
 def remarks_of(evaluation: Evaluation) -> list[str]:
     """What must be said of the texts: what costs are measured on, what was cut, what holds nothing."""
     remarks = []
+    if min(evaluation.strengths) < 0 and not evaluation.leans:
+        scored = {document.control_class for document in evaluation.documents}
+        absent = " and ".join(word for class_, word in ((POSITIVE, "+1"), (NEGATIVE, "−1")) if class_ not in scored)
+        remarks.append(f"No contrast: no document of class {absent} was scored.")
     if evaluation.leans and not evaluation.on_neutral:
         remarks.append(
             "There is no neutral text (class 0, or --neutral FILE): the KL that counts against the budget is that of "

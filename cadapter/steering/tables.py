@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from cadapter.steering.report import Report
-from cadapter.terminal import note, table
+from cadapter.terminal import result, table
 from cadapter.training.scores import Score
 
 
@@ -20,12 +20,12 @@ def show(report: Report) -> None:
     if report.steers:
         _show_strengths(report)
     for pair in evaluation.contrasts:
-        note(
+        result(
             f"Contrast at ±{pair.strengths[0]:g}: {with_error(pair.contrast, pair.contrast_se)} nats per token; "
             f"{100 * pair.sign_share:.1f} % of documents are told by their lower loss (chance: 50 %)."
         )
     for sentence in (*report.remarks, *(report.choice.words if report.choice else ())):
-        note(sentence)
+        result(sentence)
 
 
 def with_error(value: float, error: float, digits: int = 4) -> str:

@@ -17,6 +17,7 @@ import torch
 from cadapter.classes import IGNORED_LABEL, NEUTRAL
 from cadapter.config import Config
 from cadapter.data import HeldOutDocument, documents_from_file, load_tokenizer
+from cadapter.data.remarks import held_out_warnings
 from cadapter.errors import UsageError
 from cadapter.models.cached import cached_frame
 from cadapter.models.layers import CarrierFormat
@@ -104,7 +105,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
         warn(remark)
     subject = subject_of(config, options.adapter, options.strengths, options.sweep, world)
     unknown = None if options.data else check_held_out(config, options.adapter)
-    found = _documents(config, options, world)
+    found, hardly_meant = _documents(config, options, world)
     documents = [document for document in found if _scored_tokens(document)]
     if not documents:
         raise UsageError("There is no document to evaluate on.\nSet eval_fraction above 0, or give --data FILE:CLASS.")
@@ -144,7 +145,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
             continued = continuations(prompts, subject, load_tokenizer(config).fast, writer, drawing, advance)
     if not world.is_main:
         return None
-    notes = tuple(said for said in (*subject.notes, unknown) if said)
+    notes = tuple(said for said in (*subject.notes, unknown, *hardly_meant) if said)
     return _evaluation(sums.numpy(), strengths, documents, len(found) - len(documents), continued, notes)
 
 
@@ -158,12 +159,14 @@ def _evaluation(
 ) -> Evaluation:
     names, classes = [each.dataset for each in documents], [each.control_class for each in documents]
     left_out = [each.left_out for each in documents]
+    numbers: dict[object, int] = {}
+    records = [numbers.setdefault(each.pair or place, len(numbers)) for place, each in enumerate(documents)]
     cost, on_neutral = costs(sums, strengths, classes)
     return Evaluation(
         strengths=sorted(strengths),
         scores=score_datasets(sums, strengths, names, classes, left_out),
-        contrasts=contrasts(sums, strengths, classes),
-        leans=leans(sums, strengths, classes),
+        contrasts=contrasts(sums, strengths, classes, records),
+        leans=leans(sums, strengths, classes, records),
         costs=cost,
         on_neutral=on_neutral,
         documents=documents,
@@ -192,17 +195,22 @@ def _passes(strengths: int) -> list[list[int]]:
     return [[0, *codes, *[0] * (others - len(codes))] for codes in chosen]
 
 
-def _documents(config: Config, options: EvalOptions, world: World) -> list[HeldOutDocument]:
-    """The documents to score: the run's held-out ones or those of files, and neutral ones."""
+def _documents(config: Config, options: EvalOptions, world: World) -> tuple[list[HeldOutDocument], list[str]]:
+    """The documents to score, the run's held-out ones or those of files, and neutral ones; and what is to be said."""
     files = list(options.data)
-    found = [] if files else prepare_together(config, world).documents
+    found: list[HeldOutDocument] = []
+    hardly_meant: list[str] = []
+    if not files:
+        data = prepare_together(config, world)
+        found = data.documents
+        hardly_meant = held_out_warnings(data, config) if world.is_main else []
     if options.neutral is not None:
         files.append((options.neutral, NEUTRAL))
     if files:
         tokenizer = load_tokenizer(config)
         for path, control_class in files:
             found = [*found, *documents_from_file(path, control_class, config, tokenizer)]
-    return found
+    return found, hardly_meant
 
 
 def _scored_tokens(document: HeldOutDocument) -> int:

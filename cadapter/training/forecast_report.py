@@ -12,7 +12,7 @@ from cadapter.planning.layouts import Verdict, best
 from cadapter.planning.machines import Machine
 from cadapter.planning.memory import CONTEXT_BYTES, GIB
 from cadapter.planning.tables import in_toml, layout_table, memory_table, remedy_table, set_options
-from cadapter.terminal import note, warn
+from cadapter.terminal import note, result, warn
 from cadapter.training.forecast import Forecast
 from cadapter.training.schedule import evaluation_steps
 
@@ -25,9 +25,9 @@ def show_forecast(found: Forecast, source: Path, overrides: Sequence[str]) -> No
         warn(f"Models of type {outlook.model.config.model_type!r} are in no table of families: sizes are inferred.")
     title = f"Pipeline stages × data-parallel replicas: {stages} × {found.replicas}"
     memory_table(title, outlook.sizes, found.bounds, found.stages)
-    note(_kept(found))
+    result(_kept(found))
     for line in _data(found):
-        note(line)
+        result(line)
     settings = _show_fit(found)
     if found.layouts:
         settings |= _show_layouts(found)
@@ -83,7 +83,7 @@ def _show_fit(found: Forecast) -> dict[str, Any]:
     """Say whether it fits, and if not what would; return the settings that do."""
     machine, usable = found.machine, found.usable
     if usable is None or machine.free is None:
-        note("Whether it fits: say what the GPU has, with --gpu-memory or --gpu.")
+        result("Whether it fits: say what the GPU has, with --gpu-memory or --gpu.")
         return {}
     peak = max(each.total for each in found.stages)
     room = (
@@ -91,14 +91,14 @@ def _show_fit(found: Forecast) -> dict[str, Any]:
         f"{CONTEXT_BYTES / GIB:g}, of which {1 - usable / machine.free:.0%} are kept in hand)"
     )
     if found.fits:
-        note(f"It fits {_card(machine)}: {room}.")
+        result(f"It fits {_card(machine)}: {room}.")
         return {}
     warn(f"It does not fit {_card(machine)}: {room}.")
     remedy_table(found.remedies)
     if found.remedy is None or found.remedy.memory is None:
-        note("None of these, and not all together, make it fit: take larger GPUs, or more of them.")
+        result("None of these, and not all together, make it fit: take larger GPUs, or more of them.")
         return {}
-    note(f"It fits with {in_toml(found.remedy.settings)}: {found.remedy.memory / GIB:.1f} GiB.")
+    result(f"It fits with {in_toml(found.remedy.settings)}: {found.remedy.memory / GIB:.1f} GiB.")
     return dict(found.remedy.settings)
 
 
@@ -106,16 +106,18 @@ def _show_layouts(found: Forecast) -> dict[str, Any]:
     """Compare layouts; return the settings of the best one, where they are not the config's."""
     machine, chosen = found.machine, best(found.layouts)
     links = machine.local.name + (f" within a node, {machine.network.name} between nodes" if machine.nodes > 1 else "")
-    note(
+    result(
         f"{machine.gpus} GPUs like the {machine.gpu.name} on {machine.nodes} node(s), {links}; speeds are assumptions."
     )
     layout_table(found.layouts, chosen)
     if found.uneven:
-        note(f"Not with this batch: {', '.join(map(str, found.uneven))} stages, whose replicas do not share it evenly.")
+        result(
+            f"Not with this batch: {', '.join(map(str, found.uneven))} stages, whose replicas do not share it evenly."
+        )
     if chosen is None:
         warn("None of these layouts fits.")
         return {}
-    note(f"Best of these: {in_toml(layout_settings(chosen))}, {chosen.tokens_per_second:,.0f} tokens/s.")
+    result(f"Best of these: {in_toml(layout_settings(chosen))}, {chosen.tokens_per_second:,.0f} tokens/s.")
     return {} if chosen is found.layouts[0] else layout_settings(chosen)
 
 

@@ -36,7 +36,7 @@ def check_held_out(config: Config, subject: Path) -> str | None:
         return None
     old, new = dict(flat_settings(saved)), dict(flat_settings(settings_of(config)))
     differing = [
-        f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
+        f"{key}: {_in_words(old.get(key))} in the run, {_in_words(new.get(key))} now"
         for key in {**new, **old}
         if key.partition(".")[0] in SPLIT_BY and old.get(key) != new.get(key)
     ]
@@ -47,6 +47,10 @@ def check_held_out(config: Config, subject: Path) -> str | None:
         + "Set it back (what was given with --set has to be given again), or score texts that it was not trained on: "
         "--data FILE:CLASS."
     )
+
+
+def _in_words(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _run_of(subject: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -66,10 +70,10 @@ def _with_harmless_keys_of(saved: dict[str, Any], config: Config) -> Config:
     """``config`` with those values of the run by which no document changes sides.
 
     Which tokens are masked and how sequences are packed moves none, and the length of sequences does not where
-    documents may be split. With a smaller ``eval_fraction`` some of those that were held out still are.
+    documents may be split. With a smaller ``eval_fraction`` some of those that were held out still are, with 0 none.
     """
     values = {"mask_tokens": saved.get("mask_tokens"), "drop_tails": saved.get("drop_tails")}
-    if 0 < config.eval_fraction < saved.get("eval_fraction", 0):
+    if config.eval_fraction < saved.get("eval_fraction", 0):
         values["eval_fraction"] = saved["eval_fraction"]
     if not config.mix_datasets and all(overlength_of(config, each) == "split" for each in config.datasets):
         values["sequence_len"] = saved.get("sequence_len")

@@ -131,8 +131,10 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line that stays, unless ``--quiet`` is given."""
-        if is_quiet():
-            return
+        if not is_quiet():
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _record(self, step: int, epoch: int, tokens: int, seconds: float, values: dict[str, Any]) -> None:
@@ -200,7 +202,7 @@ class Reporter:
         if step and not math.isnan(loss) and (view.lowest is None or loss < view.lowest[0]):
             view.lowest = (loss, step)
         self._draw(at_once=True)
-        self.say("  ".join([f"evaluation after step {step}: loss {short(loss)}", *_by_class("eval", values)]))
+        self._print("  ".join([f"evaluation after step {step}: loss {short(loss)}", *_by_class("eval", values)]))
 
     def samples(self, step: int, epoch: int, tokens: int, seconds: float, samples: Sequence[Sample]) -> None:
         """Record what was written after ``step`` steps."""

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located
+from cadapter.config import Config, config_warnings, idle_in_run, idle_keys, located, locating
+from cadapter.data.remarks import data_warnings, repeats_of
 from cadapter.models.attention import BLOCK_MASKS, time_kernels
 from cadapter.models.loading import CausalLM
 from cadapter.planning.memory import all_stages
 from cadapter.planning.tables import memory_table
-from cadapter.terminal import note, warn
+from cadapter.terminal import is_quiet, note, warn
 from cadapter.training.build import Plan, build_run, compiles, plan_run, record_run, run_facts
 from cadapter.training.distributed import World, from_main, on_main, sum_over_world
 from cadapter.training.engine import check_deepspeed
@@ -68,12 +69,23 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     given = given_keys(options.overrides)
     if resume_from is not None:
         _tell_changes(config, resume_from, given, world)
-    plan = plan_run(config, world, resume_from)
+    with locating(source, options.overrides):
+        plan = plan_run(config, world, resume_from)
     if world.is_main:
         _tell_batch(plan, resume_from)
         neutral = int(plan.data.train.trained[2])
-        missed = idle_in_run(config, plan.steps.total_steps, plan.model.layer_count, neutral)
-        for text in located(missed, source, options.overrides):
+        steps, model = plan.steps, plan.model
+        missed = idle_in_run(
+            config,
+            steps.total_steps,
+            model.layer_count,
+            neutral,
+            model.hidden_size,
+            steps.count,
+            steps.sequences_per_step,
+        )
+        hardly_meant = data_warnings(plan.data, config, repeats_of(plan.data))
+        for text in (*located(missed, source, options.overrides), *hardly_meant):
             warn(text)
         show_plan(plan)
     on_main(lambda: check_room(room_of(plan), directory), world)
@@ -112,8 +124,8 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     if world.is_main:
         _show_end(run.position, directory, plan)
         # The run's own config.toml is the config as given: what was overridden has to be given again.
-        again = shlex.join(part for override in options.overrides for part in ("--set", override))
-        note(f"Next: cadapter eval {directory.path / 'config.toml'} {again}".rstrip())
+        again = [part for override in options.overrides for part in ("--set", override)]
+        note(f"Next: {shlex.join(['cadapter', 'eval', str(directory.path / 'config.toml'), *again])}")
 
 
 def _reporter(run: Run) -> Reporter:
@@ -197,12 +209,13 @@ def show_plan(plan: Plan) -> None:
     """Print the layout, the steps and what each stage holds."""
     config, layout, steps = plan.config, plan.layout, plan.steps
     recompute = plan.builder.recompute
-    memory_table(
-        f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
-        plan.sizes,
-        plan.bounds,
-        all_stages(plan.sizes, plan.bounds, recompute.block),
-    )
+    if not is_quiet():
+        memory_table(
+            f"Pipeline stages × data-parallel replicas: {layout.stages} × {layout.replicas}",
+            plan.sizes,
+            plan.bounds,
+            all_stages(plan.sizes, plan.bounds, recompute.block),
+        )
     note(recompute.reason or f"activation_checkpointing: {in_a_word(recompute)}.")
     tokens = int(plan.data.train.tokens.sum())
     if plan.model.family.inferred:

@@ -151,8 +151,13 @@ def score_datasets(
     return scores
 
 
-def contrasts(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> list[Contrast]:
-    """Return the contrast of each pair ±t among ``strengths``, where documents of both classes are there."""
+def contrasts(
+    sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int], records: Sequence[int] | None = None
+) -> list[Contrast]:
+    """Return the contrast of each pair ±t among ``strengths``, where documents of both classes are there.
+
+    ``records``: the number of each document's record, shared by the two of a preference pair; None: each has its own.
+    """
     losses, positive, negative = _losses(sums, classes)
     if not positive.any() or not negative.any():
         return []
@@ -161,17 +166,22 @@ def contrasts(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[in
         difference = losses[:, list(strengths).index(t)] - losses[:, list(strengths).index(-t)]
         told = np.concatenate([-difference[positive], difference[negative]])
         share = float((told > 0).mean() + 0.5 * (told == 0).mean())
-        found.append(Contrast((float(t), float(-t)), *_apart(difference, positive, negative), share))
+        found.append(Contrast((float(t), float(-t)), *_apart(difference, positive, negative, records), share))
     return found
 
 
-def leans(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> list[Lean]:
-    """Return the lean of each strength, in rising order, where documents of both classes are there."""
+def leans(
+    sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int], records: Sequence[int] | None = None
+) -> list[Lean]:
+    """Return the lean of each strength, in rising order, where documents of both classes are there.
+
+    ``records`` as of :func:`contrasts`.
+    """
     losses, positive, negative = _losses(sums, classes)
     if not positive.any() or not negative.any():
         return []
     changes = {t: losses[:, list(strengths).index(t)] - losses[:, 0] for t in sorted(strengths)}
-    return [Lean(float(t), *_apart(change, positive, negative)) for t, change in changes.items()]
+    return [Lean(float(t), *_apart(change, positive, negative, records)) for t, change in changes.items()]
 
 
 def _losses(sums: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,10 +190,23 @@ def _losses(sums: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.nd
     return sums[..., NLL] / sums[..., TOKENS], kinds == POSITIVE, kinds == NEGATIVE
 
 
-def _apart(difference: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    """How much more ``difference`` [documents] is for class −1 than for class +1, and its standard error."""
-    error = math.hypot(*(standard_error(difference[part]) for part in (positive, negative)))
-    return float(difference[negative].mean() - difference[positive].mean()), error
+def _apart(
+    difference: np.ndarray, positive: np.ndarray, negative: np.ndarray, records: Sequence[int] | None
+) -> tuple[float, float]:
+    """How much more ``difference`` [documents] is for class −1 than for class +1, and its standard error.
+
+    With x the difference of a document and x̄ and n of its class, the error is the root of the sum over records of
+    (Σ over the record's documents of ±(x − x̄) / √(n(n − 1)))², + for class −1. That is se₊² + se₋² where each document
+    is a record of its own, and the error of the mean of n differences where the documents are n pairs.
+    """
+    apart = float(difference[negative].mean() - difference[positive].mean())
+    shares = np.zeros(len(difference))
+    for part, sign in ((positive, -1), (negative, 1)):
+        n = int(part.sum())
+        if n < 2:
+            return apart, math.nan
+        shares[part] = sign * (difference[part] - difference[part].mean()) / math.sqrt(n * (n - 1))
+    return apart, float(np.linalg.norm(shares if records is None else np.bincount(records, weights=shares)))
 
 
 def costs(sums: np.ndarray, strengths: Sequence[float], classes: Sequence[int]) -> tuple[list[Cost], bool]:

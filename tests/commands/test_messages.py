@@ -61,6 +61,8 @@ control_class = 1
     (root / "config.toml").write_text(config)
     (root / "broken.toml").write_text(config.replace("lr = 1e-3", "lr = = 1"))
     (root / "wrong.toml").write_text(config.replace("lr = 1e-3", 'lr = "fast"\nlora_rnk = 3\nepochs = 0'))
+    (root / "unquoted.toml").write_text(config.replace(f'"{root}/run"', "run"))
+    (root / "layers.toml").write_text(config.replace("lr = 1e-3", 'layers_to_transform = "1:9"\nlr = 1e-3'))
     (root / "few.toml").write_text('model_dir = "x"\n')
     (root / "binary.toml").write_bytes(b"\xff\xfe\x00")
     (root / "line.jsonl").write_text('{"text": "a"}\n{"text"\n{"txt": "b"}\n')
@@ -103,7 +105,15 @@ PREPARING = {
     "another format": (["config.toml", "--set", f'{DATA}="@data.csv"'], "data.csv"),
     "empty data": (["config.toml", "--set", f'{DATA}="@empty.jsonl"'], "empty.jsonl"),
     "bad lines": (["config.toml", "--set", f'{DATA}="@line.jsonl"'], "line.jsonl, line 2"),
-    "another field": (["config.toml", "--set", f'{DATA}="@field.jsonl"'], "field.jsonl, line 1"),
+    "another field": (
+        ["config.toml", "--set", f'{DATA}="@field.jsonl"'],
+        "field.jsonl: no record has 'text' (text_field = \"text\"); the last one looked at has: content.\n"
+        "       Set text_field",
+    ),
+    "a string without quotes": (["unquoted.toml"], "unquoted.toml:2:14: not valid TOML: Invalid value (a string"),
+    "no such choice": (["config.toml", "--set", "activation_checkpointing=fulll"], "no such choice; give \"auto\", "),
+    "a model's name": (["config.toml", "--set", "model_dir=gpt2"], "HF_HUB_OFFLINE is set"),
+    "a relative model": (["config.toml", "--set", "model_dir=./gone"], "It was looked up from "),
     "no such model": (["config.toml", "--set", 'model_dir="@nowhere"'], "nowhere"),
     "no tokenizer": (["config.toml", "--set", 'model_dir="@tokenless"'], "tokenless"),
     "no chat template": (
@@ -115,6 +125,10 @@ MISTAKES: dict[str, dict[str, tuple[list[str], str]]] = {
     "prepare": {**PREPARING, "a negative number": (["config.toml", "--show", "-1"], "--show")},
     "train": {
         **PREPARING,
+        "no such layers": (["layers.toml"], 'layers.toml:5: layers_to_transform = "1:9": "1:9" goes past the last'),
+        "no template for samples": (
+            ["config.toml", "--set", 'sample_prompts=["a"]', "--set", "sample_chat=true"], "sample_chat"
+        ),
         "no config": ([], "config"),
         "no processes": (["config.toml", "--num-gpus", "0"], "--num-gpus"),
         "a node of none": (["config.toml", "--node-rank", "1"], "--node-rank"),
@@ -180,9 +194,9 @@ MISTAKES: dict[str, dict[str, tuple[list[str], str]]] = {
     "merge": {
         "no base": (["nowhere", "adapter", "out"], "nowhere"),
         "no such adapter": (["base", "nowhere", "out"], "nowhere"),
-        "no adapter": (["base", "base", "out"], "adapter_config.json"),
+        "a model for an adapter": (["base", "base", "out"], "This is a model, complete as it is"),
         "DoRA": (["base", "dora", "out"], "DoRA"),
-        "strength of a LoRA": (["base", "lora", "out", "--strength", "2"], "--strength"),
+        "strength of a LoRA": (["base", "lora", "out", "--strength", "2"], "Use --scale X"),
         "no number": (["base", "adapter", "out", "--scale", "nan"], "--scale"),
         "two dials": (["base", "adapter", "out", "--scale", "2", "--inverse"], "--scale"),
         "another without a strength": (["base", "adapter", "out", "--also", "adapter"], "--also adapter"),
@@ -238,6 +252,8 @@ def test_mistakes_are_told_in_one_style(
 ) -> None:
     monkeypatch.chdir(root)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hub"))
     (root / "not-ours").mkdir(exist_ok=True)
     for name in ("thesis.tex", "config.toml"):
         (root / "not-ours" / name).write_text("precious")

@@ -55,6 +55,7 @@ def idle(directory: Path, lines: str, mode: str = CONTROL, more: str = "", *over
             for line in ("evals_per_run = 3", "eval_gradient_accumulation_steps = 2", "early_stopping_patience = 3",
                          'sample_prompts = ["a"]')
         ),
+        ("early_stopping_patience = 2\nevals_per_run = 1", CONTROL, "with one evaluation, after the last step"),
     ],
 )  # fmt: skip
 def test_a_key_without_effect(tmp_path: Path, line: str, mode: str, says: str) -> None:
@@ -118,3 +119,27 @@ def test_what_only_the_run_shows(tmp_path: Path, line: str, more: str, says: str
     assert all(f"run.toml:6: {line.split(' ')[0]} = " in each and says in each for each in found)
     if line.startswith("control_class0"):
         assert idle_in_run(load_config(path), 20, 4, 7) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "mode", "says"),
+    [
+        ("lora_rank = 65", CONTROL, "the model's hidden size is 64, beyond which a rank adds nothing; give a smaller"),
+        ("lora_rank = 65", LORA, "the model's hidden size is 64"),
+        ("lora_rank = 64", CONTROL, ""),
+        (
+            "gradient_accumulation_steps = 600",
+            CONTROL,
+            "a step is to take 600 sequences, and there are 80 in all; lower",
+        ),
+        ("micro_batch_size = 600", CONTROL, "a step is to take 600 sequences, and there are 80 in all; lower"),
+        ("gradient_accumulation_steps = 80", CONTROL, ""),
+    ],
+)
+def test_what_is_more_than_the_model_or_the_data_have(tmp_path: Path, lines: str, mode: str, says: str) -> None:
+    path = write(tmp_path, lines, mode)
+    config = load_config(path)
+    step = config.micro_batch_size * config.gradient_accumulation_steps
+    found = located(idle_in_run(config, 1, 4, 0, hidden_size=64, sequences=80, sequences_per_step=step), path)
+    assert len(found) == bool(says)
+    assert all(f"run.toml:6: {lines}: " in each and says in each for each in found)

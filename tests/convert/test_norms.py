@@ -53,6 +53,8 @@ def rank_one(coefficient: float) -> LowRank:
     ("coefficient", "inverse", "message"),
     [
         (-0.95, "exact", "Warning: σ_min(I + W) is at least 0.05 (layer 1), so the inverse magnifies up to 20×"),
+        # 0.66665 and 1.50004: bounds are rounded to where they hold
+        (-0.33335, "exact", "Healthy: σ_min(I + W) is at least 0.666 (layer 1), so the inverse magnifies up to 1.51×"),
         (-1.0, "exact", "I + W of layer 1 is singular"),
         (-1.0, "neumann", "diverges in layers 1 "),
         (-2.0, "neumann", "diverges in layers 1 "),

@@ -48,7 +48,7 @@ def test_the_text_field_of_the_config(tmp_path: Path, make_config: MakeConfig) -
     assert "three" in read(other, -1, config)[0]
     assert "four" in read(plain, -1, config)[0]  # which no dataset of the config describes
     wrong = write(tmp_path / "wrong.jsonl", [{"words": "five"}])
-    with pytest.raises(UsageError, match="there is no 'body'"):
+    with pytest.raises(UsageError, match="no record has 'body'"):
         read(wrong, 1, config)
 
 

@@ -48,6 +48,7 @@ def test_a_machine_where_all_is_well(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert found["broken"] == 0
+    assert f"\nWritten: {tmp_path / 'doctor.json'}\n" in done.stdout
     names = [each["name"] for each in found["findings"]]
     assert {"python", "torch", "deepspeed", "gloo", "4 bits on cpu", "attention", "hub cache", "open files"} <= {*names}
     for each in found["findings"]:
@@ -184,3 +185,11 @@ def test_places(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is no directory" in check_place("file", tmp_path / "file" / "run").text
     assert check_place("proc", Path("/proc/run")).status == "broken"
+
+
+@pytest.mark.processes
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_tried(tmp_path: Path) -> None:
+    done = doctor("--json", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} is a directory.\n       Give the name of a file.\n"
+    assert done.stdout == ""

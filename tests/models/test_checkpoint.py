@@ -244,8 +244,11 @@ def test_a_shard_that_is_damaged_after_its_header_was_read(copied):
 @pytest.mark.parametrize("name", ["no/such/directory", "./none", "~/none", "none", "a//b"])
 def test_neither_a_directory_nor_a_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="is not a directory"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"is not a directory") as refused:
         resolve_model(name)
+    assert f"It was looked up from {tmp_path}: " in str(refused.value) or name.startswith("~")
 
 
 def test_a_file_is_no_model(tmp_path):
@@ -258,8 +261,22 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match=r"nobody/nothing is no directory here, and the hub"):
-        resolve_model("nobody/nothing")
+    for name in ("nobody/nothing", "gpt2"):
+        with pytest.raises(
+            UsageError, match=f"{name} is not a directory, and the hub is not asked, since HF_HUB_OFFLINE"
+        ):
+            resolve_model(name)
+
+
+def test_a_name_that_the_hub_does_not_know(monkeypatch, tmp_path):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(UsageError, match=r"the hub did not give a model of that name \(OSError\)(.|\n)*the connection"):
+        resolve_model("gpt2")
 
 
 def test_a_directory_resolves_to_itself_and_has_a_config(tiny_model):

@@ -72,11 +72,14 @@ def test_the_wrong_way_is_no_contrast() -> None:
     assert (found.pair, found.enhance, found.suppress) == (None, None, None)
 
 
-def test_a_single_document_a_class_has_no_error() -> None:
-    found = chosen(KL, CONTRAST, 1.0, error=math.nan)
-    assert found.pair is not None
-    assert "±" not in found.words[1]
-
-
 def test_without_both_classes_there_is_no_choice() -> None:
     assert choose([], [], [Cost(0.0, 0.0, 0.0, 1.0)], 0.1) is None
+
+
+def test_what_has_no_standard_error_is_not_clear() -> None:
+    leans = [Lean(sign * 1.0, sign * 0.5, math.nan) for sign in (-1, 1)]
+    costs = [Cost(t, 0.0, 0.0, 1.0) for t in (-1.0, 0.0, 1.0)]
+    found = choose([Contrast((1.0, -1.0), 1.0, math.nan, 1.0)], leans, costs, 0.1, single=[-1])
+    assert found is not None
+    assert (found.pair, found.enhance, found.suppress) == (None, None, None)
+    assert found.words[0].startswith("There is one document of class −1: no standard error")

@@ -124,7 +124,7 @@ def test_changed_texts_and_datasets_are_refused(project: Project, run: Run, tmp_
         f'[[datasets]]\ndataset_path = "{project.root / "positive.jsonl"}"\ncontrol_class = {CLASS_OF["positive"]}\n'
     )
     file.write_text(without + dataset)
-    with pytest.raises(UsageError, match=r"datasets\.1\.control_class: -1 in the run, None now"):
+    with pytest.raises(UsageError, match=r"datasets\.1\.control_class: -1 in the run, not set now"):
         check_held_out(load_config(file), adapter)
 
 

@@ -121,3 +121,25 @@ def test_the_cost_is_that_of_neutral_documents_where_there_are_some() -> None:
             assert each.kl == pytest.approx(own.mean())
             assert each.kl_se == pytest.approx(statistics.stdev(own) / math.sqrt(len(own)))
             assert each.agreement == pytest.approx(agrees[chosen, STRENGTHS.index(each.strength)].mean())
+
+
+def test_the_two_sides_of_a_pair_are_not_independent() -> None:
+    classes, records = [1, -1, 1, -1, 1, -1, 0], [0, 0, 1, 1, 2, 2, 3]
+    sums = random_sums(7)
+    losses = sums[..., 0] / sums[..., 4]
+    for pair in contrasts(sums, STRENGTHS, classes, records):
+        plus, minus = (STRENGTHS.index(t) for t in pair.strengths)
+        difference = losses[:, plus] - losses[:, minus]
+        each = [difference[rejected] - difference[rejected - 1] for rejected in (1, 3, 5)]
+        assert pair.contrast == pytest.approx(statistics.mean(each))
+        assert pair.contrast_se == pytest.approx(statistics.stdev(each) / math.sqrt(3))
+    for lean in leans(sums, STRENGTHS, classes, records):
+        change = losses[:, STRENGTHS.index(lean.strength)] - losses[:, 0]
+        each = [change[rejected] - change[rejected - 1] for rejected in (1, 3, 5)]
+        assert lean.lean_se == pytest.approx(statistics.stdev(each) / math.sqrt(3))
+
+
+def test_documents_with_records_of_their_own_are_independent() -> None:
+    classes = [1, 1, 1, -1, -1, 0]
+    sums = random_sums(6)
+    assert contrasts(sums, STRENGTHS, classes, range(6)) == contrasts(sums, STRENGTHS, classes)
