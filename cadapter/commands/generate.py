@@ -37,10 +37,10 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="A control adapter to apply.", show_default=False)
     ] = None,
     strength: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
             metavar="T",
-            help="(I + W)^T: 1 as trained, -1 the inverse, 0 the base, 0.5 half-way. Default: 1.",
+            help="(I + W)^T: 1 as trained, -1 the inverse, 0 the base, 0.5 half-way; repeatable. Default: 1.",
             show_default=False,
         ),
     ] = None,
@@ -88,13 +88,13 @@ def command(
     from cadapter.models.generation import Sampling
     from cadapter.terminal import note
 
-    if adapter is None and (compare or strength is not None):
+    if adapter is None and (compare or strength):
         raise UsageError("--strength and --compare are for an adapter.\nGive its directory: --adapter DIR.")
-    if compare and strength is not None:
-        raise UsageError("--compare shows strengths -1, 0 and +1, and --strength one other: give one of the two.")
+    if compare and strength:
+        raise UsageError("--compare shows strengths -1, 0 and +1, and --strength others: give one of the two.")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _prompt_or_input(prompt)
-    strengths = COMPARED if compare else (1.0 if strength is None else strength,)
+    strengths = COMPARED if compare else tuple(dict.fromkeys(strength or (1.0,)))
     texts = _continuations(model, text, chat, adapter, strengths, sampling, (dtype, device), trust_remote_code)
     _show(text, texts)
     following = _next_command(model, adapter, strengths, trust_words(trust_remote_code))
@@ -163,7 +163,8 @@ def _continuations(
     texts: dict[str, str] = {}
     with progress("generating", total=sampling.max_new_tokens * len(strengths), unit="tokens") as advance:
         if files is None:
-            return {"base": continuation(causal_lm, tokenizer, ids, sampling, advance)}
+            heading = "model" if _is_result(Path(model)) else "base"
+            return {heading: continuation(causal_lm, tokenizer, ids, sampling, advance)}
         steered = SteeredModel(causal_lm, files, strengths[0])
         for t in strengths:
             steered.set_strength(t)

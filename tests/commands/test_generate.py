@@ -92,6 +92,14 @@ def test_strength_0_is_the_base_and_1_is_the_default(base, adapter):
     assert default["strength +1"] != plain
 
 
+def test_several_strengths_are_shown_in_their_order(base, adapter):
+    several = texts(generate(base, PROMPT, "--adapter", adapter, "--strength", "2", "--strength", "-1"))
+    assert list(several) == ["prompt", "strength +2", "strength -1"]
+    for t in ("2", "-1"):
+        alone = texts(generate(base, PROMPT, "--adapter", adapter, "--strength", t))
+        assert alone[f"strength {float(t):+g}"] == several[f"strength {float(t):+g}"]
+
+
 def test_compare_shows_what_each_strength_alone_shows(base, adapter):
     compared = texts(generate(base, PROMPT, "--adapter", adapter, "--compare"))
     assert list(compared) == ["prompt", "strength -1", "strength 0 (base)", "strength +1"]
