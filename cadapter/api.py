@@ -204,6 +204,8 @@ def _by_name(strengths: Strengths, names: Mapping[str, Any]) -> dict[str, Streng
 
 def _plain(strength: Any) -> Strength:
     """A strength as numbers of Python, where it is a tensor or an array."""
+    if isinstance(strength, (list, tuple)):
+        return [_plain(each) for each in strength]  # type: ignore[misc]  # rows_of refuses lists of lists
     plain: Strength = strength.tolist() if hasattr(strength, "tolist") else strength
     return plain
 

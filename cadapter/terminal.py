@@ -123,7 +123,7 @@ class _Output(io.FileIO):
             if fault.errno in _GONE:
                 self._lead_nowhere()
                 if not self.goes_on:
-                    raise BrokenPipeError(*fault.args) from fault
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from fault
             else:
                 self._refused(fault)
             return len(data)

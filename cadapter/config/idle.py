@@ -66,8 +66,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (
         ("early_stopping_patience",),
-        lambda config: config.evals_per_run == 1,
-        "has no effect with one evaluation, after the last step; remove it, or raise evals_per_run",
+        lambda config: config.evals_per_run <= 2,
+        "has no effect without an evaluation between the first step and the last; remove it, or raise evals_per_run",
     ),
 )
 """Keys, when they do nothing, and what is said of them. Of a key that several rules name, the first counts; of a key
@@ -111,7 +111,9 @@ def idle_in_run(
         found.append(Problem(("lora_rank",), text))
     if sequences is not None and sequences_per_step > sequences:
         key = "gradient_accumulation_steps" if config.gradient_accumulation_steps > 1 else "micro_batch_size"
-        text = f"a step is to take {sequences_per_step:,} sequences, and there are {sequences:,} in all; lower it"
+        alone = getattr(config, key) == 1
+        remedy = "use fewer processes, or more pipeline_stages" if alone else "lower it"
+        text = f"a step is to take {sequences_per_step:,} sequences, and there are {sequences:,} in all; {remedy}"
         found.append(Problem((key,), text))
     return found
 

@@ -162,6 +162,19 @@ def check_layout(pipeline_stages: int, processes: int) -> None:
         )
 
 
+def has_neutral_dataset(config: Any) -> bool:
+    """Whether a dataset as a whole is of class 0."""
+    return any(dataset.control_class == NEUTRAL for dataset in config.datasets)
+
+
+def idle_neutral(config: Any) -> list[str]:
+    """What to say of texts of class 0, if there are any; nothing where they have a loss."""
+    if config.control_class0_lambda * config.class_weights.neutral:
+        return []
+    key = "class_weights.neutral" if config.control_class0_lambda else "control_class0_lambda"
+    return [f"The texts of class 0 train nothing: set {key} above 0, or leave them out."]
+
+
 def config_warnings(config: Any) -> list[str]:
     """What is allowed in ``config`` and hardly meant, one sentence each."""
     warnings = []
@@ -177,10 +190,8 @@ def config_warnings(config: Any) -> list[str]:
         )
     if config.gradient_dtype != "float32" and not config.full_fine_tune:
         warnings.append("gradient_dtype has an effect on full fine-tuning only.")
-    has_neutral = any(dataset.control_class == NEUTRAL for dataset in config.datasets)
-    if has_neutral and not config.control_class0_lambda * config.class_weights.neutral:
-        key = "class_weights.neutral" if config.control_class0_lambda else "control_class0_lambda"
-        warnings.append(f"The sequences of class 0 train nothing: set {key} above 0, or leave those datasets out.")
+    if has_neutral_dataset(config):
+        warnings += idle_neutral(config)
     if config.control_inverse == "neumann" and config.lora_weight_dtype == "bfloat16":
         warnings.append(
             'control_inverse = "neumann" with bfloat16 adapters adds rounding to the truncated series: '

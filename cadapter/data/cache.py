@@ -220,7 +220,9 @@ class Cache:
         older = [entry for entry in same if replace or _damage(entry, recipe.key)]
         target = root / f"{recipe.key[:32]}-{uuid.uuid4().hex[:8]}"
         try:
-            with new_directory(target) as temporary, _in_use(temporary):
+            # The lock is held until the entry is on the disk and has its name.
+            with contextlib.ExitStack() as held, new_directory(target) as temporary:
+                held.enter_context(_in_use(temporary))
                 statistics = fill(temporary)
                 sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
                 described = {"format": FORMAT, "layout": LAYOUT, "key": recipe.key, "created": time.time()}
@@ -266,7 +268,7 @@ def _in_use(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # whoever tidies up holds it for a moment only
         yield
     finally:
         os.close(descriptor)

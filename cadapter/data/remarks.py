@@ -35,13 +35,13 @@ def data_warnings(data: PreparedData, config: Config, repeats: Repeats, with_pla
     positive, negative, _ = data.train.trained
     if negative and not positive:
         found.append(
-            "All trained tokens are of class −1: no text says what class +1, the adapter as it is, should be.\n"
+            "No trained token is of class +1: no text says what class +1, the adapter as it is, should be.\n"
             "Give a dataset with control_class = 1, too."
         )
-    return [*found, *held_out_warnings(data, config, repeats)]
+    return [*found, *held_out_warnings(data, repeats)]
 
 
-def held_out_warnings(data: PreparedData, config: Config, repeats: Repeats | None = None) -> list[str]:
+def held_out_warnings(data: PreparedData, repeats: Repeats | None = None) -> list[str]:
     """What a user must hear before believing an evaluation on what ``data`` holds out."""
     found = []
     halves = (repeats or repeats_of(data)).across_halves
@@ -53,9 +53,10 @@ def held_out_warnings(data: PreparedData, config: Config, repeats: Repeats | Non
     for one, other in ((POSITIVE, NEGATIVE), (NEGATIVE, POSITIVE)):
         own = classes == one
         if own.any() and not held[own].any():
+            rest = f", and best/ rests on class {_signed(other)} alone" if held[classes == other].any() else ""
             found.append(
                 f"No document of class {_signed(one)} is held out for evaluation: that class has no evaluation loss, "
-                f"there is no contrast, and best/ rests on class {_signed(other)} alone.\n"
+                f"there is no contrast{rest}.\n"
                 "Raise eval_fraction, or give each class a dataset of its own."
             )
     return found

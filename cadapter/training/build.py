@@ -14,6 +14,7 @@ import torch
 
 from cadapter import __version__
 from cadapter.config import Config
+from cadapter.config.rules import has_neutral_dataset, idle_neutral
 from cadapter.data import PreparedData, prepare_data
 from cadapter.data.batches import BatchPlan, EvaluationBatches, StepBatches, evaluation_batches
 from cadapter.errors import UsageError
@@ -41,7 +42,7 @@ from cadapter.training.rehearsal import Rehearsal
 from cadapter.training.resuming import excused_facts
 from cadapter.training.run_directory import RunDirectory
 from cadapter.training.samples import SamplePlan, Sampler, plan_samples
-from cadapter.training.sizes import carrier_of, compiles_on, sizes_of, weighs_neutral
+from cadapter.training.sizes import carrier_of, compiles_on, sizes_of
 from cadapter.training.stages import StageBuilder
 from cadapter.training.state import Position, Saved, check_facts, is_written_out, load_checkpoint
 from cadapter.training.trainer import Run
@@ -108,9 +109,9 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
     data = prepare_together(config, world)
     _check_early_stopping(config, data)
     has_neutral = any(part is not None and part.trained[2] > 0 for part in (data.train, data.evaluation))
-    by_record = any(dataset.class_field for dataset in config.datasets)
-    if has_neutral and not weighs_neutral(config) and by_record and world.is_main:
-        warn("The records of class 0 train nothing: set control_class0_lambda above 0, or leave them out.")
+    if has_neutral and not has_neutral_dataset(config) and world.is_main:  # such a dataset was warned of before
+        for text in idle_neutral(config):
+            warn(text)
     carrier = carrier_of(config, mode, has_neutral)
     _check_that_something_trains(data.train.trained, loss_settings(config, mode, carrier))
     runner = BlockRunner(run_block, compiles(config, model), config.compile is True)

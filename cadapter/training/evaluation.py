@@ -203,7 +203,7 @@ def _documents(config: Config, options: EvalOptions, world: World) -> tuple[list
     if not files:
         data = prepare_together(config, world)
         found = data.documents
-        hardly_meant = held_out_warnings(data, config) if world.is_main else []
+        hardly_meant = held_out_warnings(data) if world.is_main else []
     if options.neutral is not None:
         files.append((options.neutral, NEUTRAL))
     if files:

@@ -75,14 +75,16 @@ class Rehearsal:
         received = self._connected(micro_batch)
         while True:
             error = self._attempt(micro_batch, received)
-            failed = self._ranks_where(error is not None)
+            ran_out = error is not None
+            if self.slower is not None:
+                error = None  # it holds on to the tensors of where it arose, and the next lines need a little memory
+            failed = self._ranks_where(ran_out)
             if not failed:
                 break
+            if error is not None:
+                raise error
             if self.slower is None:
-                if error is not None:
-                    raise error
                 raise end_with_another(f"GPU memory ran out on {self._named(failed)}.", self.world)
-            error = None  # it holds on to the tensors of where it arose
             keep = self.keep_less()
             if self.world.is_main:
                 warn(

@@ -43,7 +43,7 @@ def room_of(plan: Plan) -> Room:
     saved = sum(plan.model.layer_bytes()) if config.full_fine_tune else numbers * size
     checkpoint = saved + numbers * (2 * size + (size if size < 4 else 0))  # Adam's two moments, Kahan's compensation
     steps, every = plan.steps.total_steps, config.checkpoint_interval_steps
-    epochs = steps // plan.steps.steps_per_epoch
+    epochs = plan.steps.read_by(steps) // plan.steps.count
     certain = min(config.max_checkpoints + 1, max(1, epochs, 1 + (steps - 1) // every if every else 0))
     possible = max(certain, min(config.max_checkpoints + 1, steps))
     directories = 1 + epochs + (config.eval_fraction > 0)  # final/, epochN/, best/

@@ -60,7 +60,7 @@ def train(config: Config, source: Path, options: TrainOptions) -> None:
 def _train(config: Config, source: Path, options: TrainOptions, directory: RunDirectory, world: World) -> None:
     signals = StopSignals()
     remark = check_deepspeed()
-    config_text = source.read_text("utf-8")
+    config_text = source.read_bytes().decode("utf-8")  # as it is, line ends included
     resume_from = _checkpoint_to_resume(directory, options, config_text, world)
     if world.is_main:
         idle = located(idle_keys(config), source, options.overrides)

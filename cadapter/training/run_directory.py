@@ -165,12 +165,15 @@ class RunDirectory:
         if self.holds_run and results:
             raise UsageError(
                 f"{self.path} has no checkpoint to resume from, and starting afresh would replace its "
-                f"{', '.join(results)}.\nGo on from one of them with init_from in another output_dir, or replace them "
-                "with --force."
+                f"{', '.join(results)}.\nGo on from one of them in another output_dir (init_from, or model_dir after "
+                "full fine-tuning), or replace them with --force."
             )
 
     def start(self, fresh: bool, keep_best: bool = False) -> None:
         """Make the directory; for a ``fresh`` run remove what an earlier one left there.
+
+        The record stays until the run writes its own: without it nobody would know whose the rest is, if this process
+        ended in between.
 
         Args:
             keep_best: leave best/, which the run's first evaluation replaces.
@@ -185,10 +188,11 @@ class RunDirectory:
         self.claim()
         (self.path / ERROR_FILE).unlink(missing_ok=True)
         if fresh:
+            stay = {self.path / RECORD, *([self.best] if keep_best else [])}
             held_run = self.holds_run
             self.tidy_up()
             for part in self.parts() if held_run else []:
-                if not (keep_best and part == self.best):
+                if part not in stay:
                     shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cadapter.errors import UsageError
 from cadapter.files import new_directory, read_json, refuse_links_out, write_json
-from cadapter.training.resuming import difference
+from cadapter.training.resuming import EXCUSED_BY, difference
 
 OPTIMISER_STEM = "optimizer"
 OPTIMISER_TAG = "optimiser:"
@@ -295,14 +295,12 @@ def check_facts(saved: Saved, facts: dict[str, Any], excused: Collection[str] = 
     Raises:
         UsageError: naming each fact that differs and is not ``excused``, with both values.
     """
-    differing = [
-        f"  {difference(name, saved.facts.get(name), value)}"
-        for name, value in facts.items()
-        if saved.facts.get(name) != value and name not in excused
-    ]
+    differing = [name for name, value in facts.items() if saved.facts.get(name) != value and name not in excused]
     if differing:
+        keys = sorted({key for name in differing for key in EXCUSED_BY.get(name, ())})
+        meant = f"name with --set what is meant to differ ({', '.join(keys)}), " if keys else ""
         raise UsageError(
             f"{saved.path} cannot be continued, since the run has changed:\n"
-            + "\n".join(differing)
-            + "\nSet them back, or start a new run in another output_dir."
+            + "".join(f"  {difference(name, saved.facts.get(name), facts[name])}\n" for name in differing)
+            + f"Set them back, {meant}or start a new run in another output_dir."
         )

@@ -55,7 +55,7 @@ def idle(directory: Path, lines: str, mode: str = CONTROL, more: str = "", *over
             for line in ("evals_per_run = 3", "eval_gradient_accumulation_steps = 2", "early_stopping_patience = 3",
                          'sample_prompts = ["a"]')
         ),
-        ("early_stopping_patience = 2\nevals_per_run = 1", CONTROL, "with one evaluation, after the last step"),
+        ("early_stopping_patience = 2\nevals_per_run = 2", CONTROL, "without an evaluation between the first step and"),
     ],
 )  # fmt: skip
 def test_a_key_without_effect(tmp_path: Path, line: str, mode: str, says: str) -> None:

@@ -37,7 +37,7 @@ def test_a_text_in_both_classes_and_in_both_halves(tmp_path: Path, make_config: 
 
 def test_class_minus_one_alone(tmp_path: Path, make_config: MakeConfig) -> None:
     _, words = said(make_config({write_jsonl(tmp_path / "bad.jsonl", BAD): -1}))
-    assert words.startswith("All trained tokens are of class −1: ")
+    assert words.startswith("No trained token is of class +1: ")
 
 
 @pytest.mark.parametrize("mix", [False, True])
@@ -54,7 +54,7 @@ def test_a_class_without_held_out_documents(tmp_path: Path, make_config: MakeCon
         assert len(data.documents) == 2
         if absent:
             assert f"No document of class {'+1' if absent == {1} else '−1'} is held out" in words
-            assert held_out_warnings(data, config) == [words]
+            assert held_out_warnings(data) == [words]
             return
         assert words == ""
     raise AssertionError("no seed holds out two of one class")

@@ -206,3 +206,11 @@ def test_a_run_in_which_nothing_has_a_weight_is_refused(project: Project, keys: 
     assert "Nothing would be trained" in done.stderr
     assert said in done.stderr
     assert not (project.root / "weightless").exists()
+
+
+def test_a_config_with_line_ends_of_windows_may_lie_in_its_own_output_dir(project: Project) -> None:
+    text = project.write_config("windows").read_bytes()
+    place = project.root / "windows"
+    place.mkdir()
+    (place / "config.toml").write_bytes(text.replace(b"\n", b"\r\n"))
+    run_well("train", place / "config.toml", "--dry-run")

@@ -79,7 +79,7 @@ def test_best_stays_until_the_run_that_starts_over_has_a_better_one(tmp_path: Pa
     directory = RunDirectory(tmp_path)
     assert directory.checkpoint_to_resume(resume=True, force=False) == (None, [])
     directory.start(fresh=True, keep_best=True)
-    assert [path.name for path in directory.parts()] == ["best"]
+    assert sorted(path.name for path in directory.parts()) == ["best", "resolved.json"]
     directory.start(fresh=True)
     directory.close()
 
@@ -141,7 +141,9 @@ def test_a_run_that_left_its_record_is_one(tmp_path: Path) -> None:
     directory.refuse_foreign("another config")
     directory.start(fresh=True)
     directory.close()
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "epoch1-notes.txt", "epoch2_plots"}
+    # The record stays: a process that is killed here must not leave a run that counts as nobody's.
+    left = {"resolved.json", "notes.txt", "epoch1-notes.txt", "epoch2_plots"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 @pytest.mark.parametrize(
