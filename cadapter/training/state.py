@@ -70,6 +70,11 @@ class Position:
     skipped: int = 0
     sound: int = 0
 
+    def __post_init__(self) -> None:
+        counts = self.step, self.sequences, self.tokens, self.best_step, self.unimproved, self.skipped, self.sound
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"a count of {self} is no whole number")
+
     def is_enough(self, patience: int | None) -> bool:
         """Whether ``patience`` evaluations in a row were no improvement; None: never."""
         return patience is not None and self.unimproved >= patience

@@ -37,6 +37,7 @@ from cadapter.errors import CadapterError, UsageError
 from cadapter.models.checkpoint import Checkpoint, load_model_config
 from cadapter.training.nodes import read_hostfile
 from cadapter.training.report import trim_metrics
+from cadapter.training.state import FORMAT as CHECKPOINT_FORMAT
 from cadapter.training.state import fault_of, load_checkpoint, newest_checkpoint
 from tests.chat_templates import HEADERS
 from tests.tiny_tokenizer import make_tokenizer
@@ -281,7 +282,8 @@ def parquet(**options: Any) -> bytes:
 
 # ---- runs and caches ------------------------------------------------------------------------------------------------
 
-STATE = {"format": 2, "position": {"step": 3, "tokens": 10, "seconds": 1.5, "best_loss": None, "evaluated": -1},
+STATE = {"format": CHECKPOINT_FORMAT,
+         "position": {"step": 3, "sequences": 24, "tokens": 10, "seconds": 1.5, "best_loss": None, "evaluated": -1},
          "facts": {"seed": 1}, "settings": {"lr": 1e-3}}  # fmt: skip
 
 

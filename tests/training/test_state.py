@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,4 +216,14 @@ def test_another_format_and_unreadable_state_are_usage_errors(tmp_path: Path) ->
         load_checkpoint(path)
     (path / "state.json").write_text("[]")
     with pytest.raises(UsageError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("wrong", [{"sequences": -1}, {"step": 1.5}, {"skipped": "many"}, {"tokens": True}])
+def test_a_position_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path = save(tmp_path, 7)
+    state = json.loads((path / "state.json").read_text())
+    state["position"].update(wrong)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UsageError, match="cannot be read as a checkpoint"):
         load_checkpoint(path)
