@@ -72,7 +72,8 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint(project: Project, tmp_pa
     assert not (directory / "error.txt").exists()
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_nohup_is_nohup(project: Project, tmp_path: Path, processes: int) -> None:
     directory = tmp_path / "run"
     config = project.write_config(f"nohup-{processes}", **ENDLESS, output_dir=str(directory), pipeline_stages=processes)
@@ -110,7 +111,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(project: Project, tmp_pa
     assert not (directory / "error.txt").exists()
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_run_goes_on_when_the_disk_of_its_output_is_full(project: Project, tmp_path: Path, unbuffered: str) -> None:
     config = project.write_config(f"full-output{unbuffered}", max_steps=2, output_dir=str(tmp_path / "run"))
     with open("/dev/full", "w") as full:
@@ -123,7 +124,7 @@ def test_a_run_goes_on_when_the_disk_of_its_output_is_full(project: Project, tmp
     assert (tmp_path / "run" / "final").is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_stop_within_the_code_of_others_is_no_fault_of_it(project: Project, tmp_path: Path, number: int) -> None:
     """Here that of the model, whose errors are told as its own."""
     model = make_model(tmp_path / "model")
