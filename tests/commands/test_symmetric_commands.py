@@ -44,6 +44,7 @@ def test_the_adapter_is_symmetric_and_steers(command_project: Project, trained: 
         assert found[kind, kind]["loss"] < found[kind, 0.0]["loss"] < found[kind, -kind]["loss"]
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_bits(command_project: Project, trained: Path) -> None:
     config = command_project.write_config("symmetric-resumed", **KEYS)
     run_well("train", config, "--set", "max_steps=6")
@@ -98,6 +99,7 @@ def test_merged_models_score_as_the_adapter_does(
         assert expected["kl"] > 1e-5
 
 
+@pytest.mark.slow
 def test_generated_text_is_that_of_the_merged_model(command_project: Project, trained: Path, tmp_path: Path) -> None:
     base, prompt = (
         command_project.root / "model",

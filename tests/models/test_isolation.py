@@ -81,6 +81,7 @@ def together(folder: Path, stages: int, number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_through_pipelines_of_one_and_two_stages(tiny_model: MakeModel, tmp_path: Path) -> None:
     """Micro-batches of other documents follow one another, and blocks are computed again for the backward pass."""
     directories = [str(tiny_model(name)) for name in FAMILY_NAMES]

@@ -68,7 +68,7 @@ def wait_for_a_checkpoint(process: subprocess.Popen[str], directory: Path) -> No
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_during_the_run(project: Project, disk: Path, processes: int) -> None:
     directory = disk / "run"
     keys = {**KEYS, **LONG, "output_dir": str(directory), "pipeline_stages": processes}

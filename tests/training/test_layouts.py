@@ -122,6 +122,7 @@ def test_a_stage_may_train_nothing(project: Project) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_symmetric_form_trains_the_same_on_two_stages_and_two_replicas(project: Project) -> None:
     keys = {"control_form": "symmetric", "lora_dropout": 0.1, "lora_weight_decay": 3.0, "max_steps": 5}
     one = train_run(project, "symmetric-1x1", 1, gradient_accumulation_steps=8, **keys)

@@ -238,6 +238,7 @@ def test_a_change_that_set_names_is_said_and_made(own_project: Project, straight
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_with_other_steps_each_sequence_is_still_read_once(own_project: Project) -> None:
     """Also when it is the layout that makes other steps: fewer stages are more replicas."""
     keys = {**KEYS, "max_steps": 4, "gradient_accumulation_steps": 4, "pipeline_stages": 2, "eval_fraction": 0.0}
@@ -261,6 +262,7 @@ def test_with_other_steps_each_sequence_is_still_read_once(own_project: Project)
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_results_without_a_checkpoint_are_not_started_over(own_project: Project) -> None:
     config, directory = own_project.write_config("kept", **{**KEYS, "max_steps": 2}), own_project.root / "kept"
     run_well("train", config)
@@ -276,6 +278,7 @@ def test_results_without_a_checkpoint_are_not_started_over(own_project: Project)
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_changed_data_are_not_resumed_and_more_epochs_are(own_project: Project) -> None:
     keys = {**KEYS, "max_steps": None, "micro_batch_size": 8, "evals_per_run": 1}
     config = own_project.write_config("longer", **keys)
