@@ -75,21 +75,21 @@ class Rehearsal:
         received = self._connected(micro_batch)
         while True:
             error = self._attempt(micro_batch, received)
-            ran_out = error is not None
-            if self.slower is not None:
+            ran_out, less = error is not None, self.slower
+            if less is not None:
                 error = None  # it holds on to the tensors of where it arose, and the next lines need a little memory
             failed = self._ranks_where(ran_out)
             if not failed:
                 break
             if error is not None:
                 raise error
-            if self.slower is None:
+            if less is None:
                 raise end_with_another(f"GPU memory ran out on {self._named(failed)}.", self.world)
-            keep = self.keep_less()
+            self.keep_less(less)
             if self.world.is_main:
                 warn(
                     f"rehearsal of a step: GPU memory ran out on {self._named(failed)}; "
-                    f"going on with activation_checkpointing = {keep!r}."
+                    f"going on with activation_checkpointing = {less!r}."
                 )
         self.forget()
         if self.world.device.type == "cuda":
@@ -100,15 +100,13 @@ class Rehearsal:
         """What blocks could keep instead to take less memory; None: there is no such choice."""
         return None if self.keep is None else slower(self.keep)
 
-    def keep_less(self) -> str:
-        """Let go of a step for which memory ran out, and have all blocks keep less: what is returned."""
-        assert self.slower is not None
-        self.keep = self.slower
+    def keep_less(self, keep: str) -> None:
+        """Let go of a step for which memory ran out, and have all blocks keep what :attr:`slower` said."""
+        self.keep = keep
         for layer in self.pipeline.layers():
             if isinstance(layer, DecoderLayer):
-                layer.keep = self.keep
+                layer.keep = keep
         self.forget()
-        return self.keep
 
     def forget(self) -> None:
         """Let go of all that a step has computed so far, and of memory that PyTorch holds in stock."""

@@ -207,12 +207,12 @@ class Trainer:
             try:
                 return run.pipeline.train(self._micro_batches(step))
             except torch.OutOfMemoryError:
-                # Other processes would wait for this one.
-                if run.rehearsal.slower is None or run.world.size > 1:
+                less = run.rehearsal.slower
+                if less is None or run.world.size > 1:  # other processes would wait for this one
                     raise
             # Here, since the error holds on to the tensors of where it arose.
-            keep = run.rehearsal.keep_less()
-            warn(f"step {step}: GPU memory ran out; going on with activation_checkpointing = {keep!r}.")
+            run.rehearsal.keep_less(less)
+            warn(f"step {step}: GPU memory ran out; going on with activation_checkpointing = {less!r}.")
 
     def _micro_batches(self, step: int) -> list[PipelineBatch]:
         """The micro-batches of ``step`` that this process's replica reads."""

@@ -222,6 +222,7 @@ def test_an_interrupted_build_leaves_nothing(
 BUILDER = """
 import os, signal, sys, time
 from pathlib import Path
+from cadapter import files
 from cadapter.config import load_config
 from cadapter.data import arrow, prepare_data
 def stop(*_):
@@ -229,21 +230,28 @@ def stop(*_):
         os.kill(os.getpid(), signal.SIGKILL)
     print("building", flush=True)
     time.sleep(60)
-arrow.write_documents = stop
+def stop_when_written(path):
+    if (path.parent / "manifest.json").exists():
+        stop()
+if sys.argv[2] == "flushing":
+    files.flush_to_disk = stop_when_written
+else:
+    arrow.write_documents = stop
 prepare_data(load_config(Path(sys.argv[1])))
 """
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("at_work", ["writing", "flushing"])
 def test_what_killed_builds_left_is_removed_and_what_is_being_built_is_not(
-    file: Path, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], at_work: str
 ) -> None:
     config, folder = make_config({file: 1}), file.parent / FOLDER
     words = [sys.executable, "-c", BUILDER, str(tmp_path / "config.toml")]
     assert subprocess.run([*words, "killed"], check=False).returncode == -signal.SIGKILL
     (killed,) = folder.iterdir()
     (folder / ".others.partial-0123abcd").mkdir()
-    with subprocess.Popen([*words, "working"], stdout=subprocess.PIPE, text=True) as working:
+    with subprocess.Popen([*words, at_work], stdout=subprocess.PIPE, text=True) as working:
         assert working.stdout is not None
         assert any(line == "building\n" for line in working.stdout)
         (built,) = set(folder.iterdir()) - {killed, folder / ".others.partial-0123abcd"}

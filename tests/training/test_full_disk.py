@@ -9,10 +9,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cadapter.data.batches import BatchPlan
+from cadapter.training.room import OVERHEAD, room_of
 from cadapter.training.state import fault_of, newest_checkpoint
 from tests.tiny_project import Project, command, environment, metrics, run, run_well
 
@@ -150,6 +153,20 @@ def test_the_estimate_is_what_is_written(project: Project, disk: Path) -> None:
     checkpoint, most, _ = (float(word) * MIB for word in estimate.replace(",", "").split() if word[0].isdigit())
     assert abs(sizes[0] - checkpoint) < MIB / 4
     assert abs(sum(sizes) + checkpoint - most) < 2 * MIB
+
+
+def test_a_resume_with_larger_steps_writes_as_many_epochs_as_there_are() -> None:
+    """Ten epochs of 100 sequences: 900 steps of one sequence are done, and ten of ten are left."""
+    config = SimpleNamespace(
+        full_fine_tune=False, dtype="bfloat16", lora_weight_dtype="float32", eval_fraction=0.0,
+        checkpoint_interval_steps=None, max_checkpoints=3,
+    )  # fmt: skip
+    mode = SimpleNamespace(trainable=lambda: [MIB])
+    steps = BatchPlan(100, 10, epochs=10, after_step=900, after_sequences=900)
+    assert steps.total_steps == 910
+    plan: Any = SimpleNamespace(config=config, mode=mode, steps=steps)
+    checkpoint = 3 * 4 * MIB  # the adapter and Adam's two moments in float32
+    assert room_of(plan).least == (10 + 1) * 4 * MIB + 4 * checkpoint + OVERHEAD
 
 
 def test_a_disk_that_cannot_be_written_is_found_before_weights_are_read(project: Project, disk: Path) -> None:
