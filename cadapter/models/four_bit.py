@@ -1,16 +1,23 @@
 """Linear layers with weights in 4 bits, whose product is one operation that compiled code takes as a whole.
 
-bitsandbytes holds the weights and dequantises them. What it leaves to autograd and to compilers is done here: a product
-keeps no dequantised weight for the backward pass, compiled or not, and asks for no gradient of the weight.
+bitsandbytes quantises the weights and holds them. What it leaves to autograd and to compilers is done here: a product
+keeps no dequantised weight for the backward pass, compiled or not, and asks for no gradient of the weight. On GPUs a
+kernel of our own dequantises in one pass (see :mod:`cadapter.models.nf4_kernel`), where it is found to give the bits
+that bitsandbytes gives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
+
+from cadapter.terminal import warn
 
 QUANT_TYPE = "nf4"
 BLOCK_SIZE = 64
@@ -21,12 +28,62 @@ SCALE_GROUP = 256
 
 def _weight(packed: Tensor, constants: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that ``packed`` and its constants (see :func:`constants_of`) stand for."""
-    scales, *of_scales = constants
+    dequantise = dequantiser(packed.device, dtype, len(constants) > PLAIN_CONSTANTS)
+    return dequantise(packed, constants, (out_features, in_features), dtype)
+
+
+Dequantise = Callable[[Tensor, Sequence[Tensor], tuple[int, int], torch.dtype], Tensor]
+"""Packed numbers, their constants, shape and dtype of the weight: the weight."""
+
+
+def by_bitsandbytes(packed: Tensor, constants: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Dequantise with bitsandbytes' own operations."""
+    scales, _values, *of_scales = constants
     if of_scales:
         largest, table, mean = of_scales
         scales = torch.ops.bitsandbytes.dequantize_blockwise(scales, largest, table, SCALE_GROUP, torch.float32) + mean
-    shape = [out_features, in_features]
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK_SIZE, QUANT_TYPE, shape, dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK_SIZE, QUANT_TYPE, list(shape), dtype)
+
+
+def in_one_pass(packed: Tensor, constants: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Dequantise with our kernel; Triton must be there."""
+    from cadapter.models.nf4_kernel import unpack
+
+    return unpack(packed, constants, shape, dtype, BLOCK_SIZE, SCALE_GROUP)
+
+
+@cache
+def dequantiser(device: torch.device, dtype: torch.dtype, double: bool) -> Dequantise:
+    """Our kernel where it runs and gives what bitsandbytes gives, bit for bit; else bitsandbytes.
+
+    Args:
+        device, dtype: of the weights.
+        double: whether scales are held in 8 bits.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return by_bitsandbytes
+    trial = _trial(device, double)
+    try:
+        same = torch.equal(in_one_pass(*trial, dtype), by_bitsandbytes(*trial, dtype))
+    except Exception as error:  # whatever Triton's compiler and the GPU's driver raise
+        warn(f"4 bits: no kernel of our own on {device}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        return by_bitsandbytes
+    if not same:
+        warn(f"4 bits: our kernel does not give what bitsandbytes gives on {device}, and is not used.")
+        return by_bitsandbytes
+    return in_one_pass
+
+
+def _trial(device: torch.device, double: bool) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    """A weight to try kernels with: several groups of scales, the last not full, and a block of zeros."""
+    import bitsandbytes
+
+    weight = torch.randn(65, 4160, generator=torch.Generator().manual_seed(0)).to(device)
+    weight[0, :BLOCK_SIZE] = 0
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=BLOCK_SIZE, compress_statistics=double, quant_type=QUANT_TYPE
+    )
+    return packed, constants_of(state), (65, 4160)
 
 
 def _linear_4bit(
@@ -86,11 +143,19 @@ def _flops(inputs: Any, packed: Any, constants: Any, features: int, *args: Any, 
     return 2 * inputs.numel() * features
 
 
+PLAIN_CONSTANTS = 2
+
+
 def constants_of(state: Any) -> list[Tensor]:
-    """What bitsandbytes' ``QuantState`` holds besides the weight: scales, and what these are dequantised with."""
+    """What bitsandbytes' ``QuantState`` holds besides the weight.
+
+    Scales and the values of the 16 codes; where scales are held in 8 bits also what they are dequantised with: the
+    largest of each group, the table of their 256 codes, and their mean.
+    """
+    plain = [state.absmax, state.code]
     if state.state2 is None:
-        return [state.absmax]
-    return [state.absmax, state.state2.absmax, state.state2.code, state.offset]
+        return plain
+    return [*plain, state.state2.absmax, state.state2.code, state.offset]
 
 
 class FourBitLinear(nn.Linear):
