@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from functools import cache
 
 import torch
 
@@ -41,8 +42,19 @@ def memory_in_words(peak: float, device: torch.device) -> str:
     return f"{peak / GIB:.2f} GiB"
 
 
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU's copies from host memory."""
+    return torch.cuda.Stream(device)
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy ``tensor`` to ``device``; from host memory to a GPU without waiting for what the GPU is doing."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """Copy ``tensor`` to ``device``; from host memory to a GPU while the GPU computes what came before."""
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device)
+    computing, copies = torch.cuda.current_stream(device), _copies(device)
+    with torch.cuda.stream(copies):
+        sent = tensor.pin_memory().to(device, non_blocking=True)
+    computing.wait_stream(copies)
+    sent.record_stream(computing)
+    return sent

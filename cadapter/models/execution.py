@@ -104,6 +104,11 @@ class Compiled:
         return self._compiled is not None
 
 
+def compiled_if(compiled: bool, function: Callable[..., Any], what: str, required: bool) -> Callable[..., Any]:
+    """A function as it is, or :class:`Compiled`."""
+    return Compiled(function, what, required) if compiled else function
+
+
 class BlockRunner:
     """Runs ``function(block, hidden, …)``, the same for all decoder blocks of a stage.
 

@@ -6,7 +6,7 @@ functions of the sequence length, or of the positions where documents are isolat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -250,14 +250,32 @@ class HeadInputs(NamedTuple):
     penalty: Tensor | None
 
 
+def run_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """Call the final norm."""
+    return norm(hidden)
+
+
 class HeadLayer(nn.Module):
-    """Last pipeline layer: the final norm. The head's weight goes along, since the loss multiplies by it in chunks."""
+    """Last pipeline layer: the final norm. The head's weight goes along, since the loss multiplies by it in chunks.
+
+    Args:
+        norm: the final norm.
+        weights, logits: see :class:`HeadInputs`.
+        carrier: what travels.
+        run: :func:`run_norm`, as it is or compiled for training.
+    """
 
     def __init__(
-        self, norm: nn.Module, weights: Sequence[nn.Parameter], logits: LogitFacts, carrier: CarrierFormat
+        self,
+        norm: nn.Module,
+        weights: Sequence[nn.Parameter],
+        logits: LogitFacts,
+        carrier: CarrierFormat,
+        run: Callable[[nn.Module, Tensor], Tensor] = run_norm,
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.run = run
         self.weights = nn.ParameterList(weights)
         self.logits = logits
         self.carrier = carrier
@@ -265,4 +283,6 @@ class HeadLayer(nn.Module):
     def forward(self, parts: tuple[Tensor, ...]) -> HeadInputs:
         """Carrier in, normed hidden states and the head's weight out."""
         carrier = self.carrier.unpack(parts)
-        return HeadInputs(self.norm(carrier.hidden), list(self.weights), self.logits, carrier.codes, carrier.penalty)
+        run = self.run if torch.is_grad_enabled() else run_norm
+        hidden = run(self.norm, carrier.hidden)
+        return HeadInputs(hidden, list(self.weights), self.logits, carrier.codes, carrier.penalty)

@@ -8,7 +8,6 @@ bfloat16, a pass cannot be faster than the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -21,14 +20,14 @@ BYTES = 1024
 
 @triton.jit
 def _unpack(
-    packed: Any,
-    scales: Any,
-    values: Any,
-    largest: Any,
-    table: Any,
-    mean: Any,
-    weight: Any,
-    numbers: Any,
+    packed: tl.tensor,
+    scales: tl.tensor,
+    values: tl.tensor,
+    largest: tl.tensor,
+    table: tl.tensor,
+    mean: tl.tensor,
+    weight: tl.tensor,
+    numbers: tl.tensor,
     BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -38,17 +37,19 @@ def _unpack(
     Where GROUP is not 0 the scale of block j is table[scales[j]] · largest[j // GROUP] + mean.
     """
     first = tl.program_id(0).to(tl.int64) * BYTES
-    place = first + tl.arange(0, BYTES)
-    there = 2 * place < numbers
-    pair = tl.load(packed + place, mask=there, other=0).to(tl.int32)
-    block = 2 * place // BLOCK
-    scale = tl.load(scales + block, mask=there, other=0)
-    if GROUP:
-        scale = tl.load(table + scale.to(tl.int32)) * tl.load(largest + block // GROUP, mask=there, other=0)
-        scale += tl.load(mean)
-    both = tl.interleave(tl.load(values + (pair >> 4)) * scale, tl.load(values + (pair & 15)) * scale)
-    target = 2 * first + tl.arange(0, 2 * BYTES)
-    tl.store(weight + target, both.to(weight.dtype.element_ty), mask=target < numbers)
+    left = tl.minimum(numbers - 2 * first, 2 * BYTES).to(tl.int32)
+    blocks = tl.arange(0, 2 * BYTES // BLOCK)
+    there = blocks * BLOCK < left
+    scale = tl.load(scales + 2 * first // BLOCK + blocks, mask=there, other=0)
+    if GROUP:  # all blocks of a program are of one group
+        of_group = tl.load(largest + 2 * first // BLOCK // GROUP)
+        scale = tl.load(table + scale.to(tl.int32)) * of_group + tl.load(mean)
+    place = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    pair = tl.load(packed + first + place, mask=2 * place < left, other=0).to(tl.int32)
+    upper, lower = tl.load(values + (pair >> 4)), tl.load(values + (pair & 15))
+    both = tl.interleave(upper * scale[:, None], lower * scale[:, None])
+    target = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(weight + 2 * first + target, both.to(weight.dtype.element_ty), mask=target < left)
 
 
 def unpack(

@@ -21,9 +21,9 @@ from cadapter.errors import UsageError
 from cadapter.files import write_json, write_text
 from cadapter.models.attention import check_installed
 from cadapter.models.checkpoint import Checkpoint, resolve_model
-from cadapter.models.execution import BlockRunner
+from cadapter.models.execution import BlockRunner, compiled_if
 from cadapter.models.isolation import check_isolation
-from cadapter.models.layers import CarrierFormat, run_block
+from cadapter.models.layers import CarrierFormat, run_block, run_norm
 from cadapter.models.loading import DTYPES, EMBEDDING, FLEX_ATTENTION, CausalLM
 from cadapter.models.quantise import KINDS, check_mostly_4bit, in_words
 from cadapter.planning.memory import RunSizes
@@ -114,10 +114,12 @@ def plan_run(config: Config, world: World, resume_from: Path | None = None) -> P
             warn(text)
     carrier = carrier_of(config, mode, has_neutral)
     _check_that_something_trains(data.train.trained, loss_settings(config, mode, carrier))
-    runner = BlockRunner(run_block, compiles(config, model), config.compile is True)
-    sizes = sizes_of(config, model, mode, carrier, compiles(config, model))
+    is_compiled, required = compiles(config, model), config.compile is True
+    runner = BlockRunner(run_block, is_compiled, required)
+    head = compiled_if(is_compiled, run_norm, "the final norm", required)
+    sizes = sizes_of(config, model, mode, carrier, is_compiled)
     recompute = _recompute(config, world, sizes, bounds)
-    builder = StageBuilder(model, mode, carrier, recompute, runner, layout.stages)
+    builder = StageBuilder(model, mode, carrier, recompute, runner, layout.stages, head)
     per_step = config.micro_batch_size * config.gradient_accumulation_steps * layout.replicas
     done = Position() if resume_from is None else load_checkpoint(resume_from).position
     steps = BatchPlan(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from cadapter.classes import NEGATIVE, POSITIVE
-from cadapter.models.execution import Compiled
+from cadapter.models.execution import compiled_if
 from cadapter.models.layers import HeadInputs
-from cadapter.models.loss import compare_rows, score_products, weighted_cross_entropy
+from cadapter.models.loss import LossOperations, compare_rows, scaled, score_products, weighted_cross_entropy
 
 SUMS = ("nll_pos", "nll_neg", "tokens_pos", "tokens_neg", "correct", "neutral", "weighted_nll")
 """What a :class:`TrainingLoss` adds up, in this order."""
@@ -51,8 +51,8 @@ class TrainingLoss:
         settings: weights.
         averaged_over: G·R, the number of micro-batches that DeepSpeed averages.
         device: of the account.
-        compiled: compile what happens to logits.
-        required: fail where they cannot be compiled.
+        compiled: compile what happens to logits and to the gradient.
+        required: fail where that cannot be compiled.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class TrainingLoss:
         self.settings = settings
         self.averaged_over = averaged_over
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-        self._score = Compiled(score_products, "the loss", required) if compiled else score_products
+        self._operations = LossOperations(
+            compiled_if(compiled, score_products, "the loss", required),
+            compiled_if(compiled, scaled, "the loss's gradient", required),
+        )
 
     def take_sums(self) -> Tensor:
         """Return what was added up since the last call ([len(SUMS)] float64), and start again at zero."""
@@ -81,7 +84,9 @@ class TrainingLoss:
         positive, negative = classes == POSITIVE, classes == NEGATIVE
         weights = positive * self.settings.positive + negative * self.settings.negative
         hidden = outputs.hidden.flatten(0, 1)
-        total, tokens = weighted_cross_entropy(hidden, outputs.weights[0], labels, weights, outputs.logits, self._score)
+        total, tokens = weighted_cross_entropy(
+            hidden, outputs.weights[0], labels, weights, outputs.logits, self._operations
+        )
         trained = labels >= 0
         neutral = total.new_zeros(()) if outputs.penalty is None else outputs.penalty.squeeze(0)
         with torch.no_grad():

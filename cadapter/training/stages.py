@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cadapter.adapters.control import ClassTransforms, ControlledBlock
 from cadapter.models.execution import BlockRunner
 from cadapter.models.isolation import check_block
-from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer, run_block
+from cadapter.models.layers import CarrierFormat, DecoderLayer, EmbeddingLayer, Frame, HeadLayer, run_block, run_norm
 from cadapter.models.loading import CausalLM
 from cadapter.training.modes.base import Mode
 from cadapter.training.recompute import Recompute
@@ -36,6 +36,7 @@ class StageBuilder:
         recompute: which blocks are computed again in the backward pass.
         runner: of the blocks; None: they run as they are.
         stages: how many stages the pipeline layers are shared out over.
+        run_norm: calls the final norm.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StageBuilder:
         recompute: Recompute,
         runner: BlockRunner | None = None,
         stages: int = 1,
+        run_norm: Callable[[nn.Module, Tensor], Tensor] = run_norm,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -53,6 +55,7 @@ class StageBuilder:
         self.recompute = recompute
         self.runner = runner or BlockRunner(run_block)
         self.stages = stages
+        self.run_norm = run_norm
         self._frame = Frame(model)
         self._classes = ClassTransforms()
         self._embedding: nn.Module | None = None
@@ -79,4 +82,4 @@ class StageBuilder:
 
     def _last(self) -> nn.Module:
         weights = self.model.head_weights(self._embedding)
-        return HeadLayer(self.model.final_norm(), weights, self.model.logits, self.carrier)
+        return HeadLayer(self.model.final_norm(), weights, self.model.logits, self.carrier, self.run_norm)

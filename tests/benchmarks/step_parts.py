@@ -33,7 +33,7 @@ GIB = 2**30
 KINDS = (
     ("attention", ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq")),
     ("products", ("nvjet", "gemm", "cutlass", "splitk")),
-    ("dequantising", ("dequant",)),
+    ("dequantising", ("dequant", "_unpack")),
     ("fused elementwise", ("triton",)),
     ("copies", ("memcpy", "memset")),
 )
@@ -150,8 +150,8 @@ def measure(trainer: Any, notes: Notes, name: str, options: argparse.Namespace) 
 def run(directory: Path, options: argparse.Namespace) -> None:
     """Load the model as the command does, then measure each setting."""
     from cadapter.config.loading import load_config
-    from cadapter.models.layers import DecoderLayer
-    from cadapter.models.loss import score_products
+    from cadapter.models.layers import DecoderLayer, HeadLayer, run_norm
+    from cadapter.models.loss import PLAIN_OPERATIONS
     from cadapter.training.build import build_run, plan_run
     from cadapter.training.failures import joined_world
     from cadapter.training.run import prepare_for_speed
@@ -172,10 +172,13 @@ def run(directory: Path, options: argparse.Namespace) -> None:
         prepare_for_speed(plan, world, stack)
         notes = Notes()
         layers = [layer for layer in made.pipeline.layers() if isinstance(layer, DecoderLayer)]
-        compiled = plan.builder.runner._compiled, made.loss._score
+        (head,) = (layer for layer in made.pipeline.layers() if isinstance(layer, HeadLayer))
+        compiled = plan.builder.runner._compiled, made.loss._operations, head.run
         for setting in options.settings:
             is_plain, keep = setting.startswith("plain:"), setting.removeprefix("plain:")
-            plan.builder.runner._compiled, made.loss._score = (None, score_products) if is_plain else compiled
+            plan.builder.runner._compiled, made.loss._operations, head.run = (
+                (None, PLAIN_OPERATIONS, run_norm) if is_plain else compiled
+            )
             for layer in layers:
                 every = int(keep) if keep.isdigit() else 1
                 layer.keep = "none" if layer.index % every else "full" if keep.isdigit() else keep
