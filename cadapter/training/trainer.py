@@ -28,6 +28,7 @@ from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
+from cadapter.training.out_of_memory import advising, training_advice
 from cadapter.training.rehearsal import Rehearsal
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import settings_of
@@ -334,14 +335,20 @@ class Trainer:
         run, step = self.run, self.position.step
         if run.evaluation is None or step not in self._evaluations or self.position.evaluated >= step:
             return
+        # No block keeps anything for a backward pass here.
+        with advising(run.world, lambda: training_advice(run.config, run.mode, run.world.size, kept=None)):
+            self._evaluate(run.evaluation)
+
+    def _evaluate(self, evaluation: EvaluationBatches) -> None:
+        run, step = self.run, self.position.step
         self._flush()
         self._enter(f"evaluation after step {step}")
         run.loss.take_sums()
-        count = len(run.evaluation) * run.evaluation_accumulation
-        run.pipeline.evaluate(evaluation_micro_batches(run.evaluation, run.loss.settings), count)
+        count = len(evaluation) * run.evaluation_accumulation
+        run.pipeline.evaluate(evaluation_micro_batches(evaluation, run.loss.settings), count)
         numbers = sum_over_world(run.loss.take_sums())
         sums = dict(zip(SUMS, numbers.tolist(), strict=True))
-        neutral = sum(run.evaluation.totals(number).neutral for number in range(len(run.evaluation)))
+        neutral = sum(evaluation.totals(number).neutral for number in range(len(evaluation)))
         values = self._loss_metrics("eval", sums, neutral)
         epoch = run.plan.epoch_of(max(step, 1))
         if self.reporter is not None:

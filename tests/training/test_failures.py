@@ -130,7 +130,7 @@ def test_a_process_that_never_comes_is_said(project: Project, tmp_path: Path) ->
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_too_little_gpu_memory_is_no_internal_error(processes: int) -> None:
-    """What PyTorch raises on a GPU, in one of the processes; it names what to set."""
+    """What PyTorch raises on a GPU, in one of the processes."""
     body = (
         "import torch; world.watch.enter('step 3 of 8')\n"
         "    if world.rank == world.size - 1: raise torch.OutOfMemoryError('CUDA. Tried to allocate 2 GiB.')\n"
@@ -139,8 +139,7 @@ def test_too_little_gpu_memory_is_no_internal_error(processes: int) -> None:
     codes, said, _ = run_processes(body, processes)
     assert codes == [1] * processes
     assert said.count("CadapterError: GPU memory ran out, step 3 of 8: Tried to allocate 2 GiB.") == 1, said
-    assert "activation_checkpointing" in said
-    assert "cadapter plan CONFIG" in said
+    assert "Does another program use the GPU?" in said
 
 
 def test_a_limit_that_is_none(project: Project) -> None:
