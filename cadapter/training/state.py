@@ -12,10 +12,10 @@ that the position in it is a number.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cadapter.errors import UsageError
-from cadapter.files import new_directory, read_json, refuse_links_out, write_json
+from cadapter.files import new_directory, read_json, refuse_links_out, remove_directory, write_json
 from cadapter.training.resuming import EXCUSED_BY, difference
 
 OPTIMISER_STEM = "optimizer"
@@ -216,7 +216,8 @@ def save_checkpoint(
     for old in found:
         # The target stays, too: damaged ones with later steps may be there, which the run has yet to reach again.
         if old not in kept and old != target:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_directory(old)
     return target
 
 
