@@ -114,12 +114,14 @@ class Trainer:
                 self._flush()
                 raise self._too_many_skipped()
             step, plan = self.position.step, self.run.plan
-            self._evaluate_if_due()
+            stops = stop and step < plan.total_steps
+            if not stops:  # whoever stops a run does not wait for long; going on, it evaluates first
+                self._evaluate_if_due()
             if plan.ends_epoch(step):
                 self._save_adapter(self.run.directory.epoch(plan.epoch_of(step)))
             if save or stop or plan.ends_epoch(step):
                 self._save_checkpoint()
-            if stop and self.position.step < self.run.plan.total_steps:
+            if stops:
                 self._flush()
                 raise Stopped(f"Stopped after step {self.position.step}; a checkpoint is saved.", stop)
         self._flush()
@@ -359,6 +361,8 @@ class Trainer:
         self._write_samples(epoch)
         if self.position.count_evaluation(values.get("eval/loss", math.inf)):
             self._save_adapter(run.directory.best)
+        if self._checkpointed_step == step:  # before this evaluation, which may be the one that ends the run
+            self._checkpointed_step = -1
         if self.position.is_enough(self._patience) and step < run.plan.total_steps and run.world.is_main:
             note(self.position.why_enough())
 
