@@ -72,8 +72,11 @@ class Position:
 
     def __post_init__(self) -> None:
         counts = self.step, self.sequences, self.tokens, self.best_step, self.unimproved, self.skipped, self.sound
-        if any(type(count) is not int or count < 0 for count in counts):
+        if any(type(count) is not int or count < 0 for count in (*counts, self.evaluated + 1)):
             raise ValueError(f"a count of {self} is no whole number")
+        numbers = self.seconds, 0.0 if self.best_loss is None else self.best_loss
+        if any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
+            raise ValueError(f"seconds or best_loss of {self} is no number")
 
     def is_enough(self, patience: int | None) -> bool:
         """Whether ``patience`` evaluations in a row were no improvement; None: never."""
