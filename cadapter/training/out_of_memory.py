@@ -12,6 +12,7 @@ from cadapter.config import Config
 from cadapter.errors import CadapterError
 from cadapter.planning.fitting import changes
 from cadapter.training.distributed import World
+from cadapter.training.held_out import splits_documents
 from cadapter.training.modes.base import Mode
 from cadapter.training.sizes import situation_of
 
@@ -73,7 +74,8 @@ def evaluation_advice(config: Config, mode: Mode, processes: int, strengths: int
     """Which settings would make an evaluation of so many strengths, the base among them, take less memory."""
     fewer = ["fewer strengths (--strength)"] if mode.name == "control" and strengths > 2 else []
     less = _less(config, mode, processes, None)
-    found = [*fewer, *(less[key] for key in ("sequence_len", *WEIGHTS) if key in less)]
+    shorter = ["sequence_len"] if splits_documents(config) else []  # or else other documents would be held out
+    found = [*fewer, *(less[key] for key in (*shorter, *WEIGHTS) if key in less)]
     return f"Less is taken with {_either(found)}." if found else LARGER
 
 

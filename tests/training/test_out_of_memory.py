@@ -85,6 +85,13 @@ def test_where_nothing_takes_less_no_setting_is_named(project: Project) -> None:
     assert evaluation_advice(config, mode, 4, strengths=2) == LARGER
 
 
+def test_an_evaluation_is_not_told_to_hold_out_other_documents(project: Project) -> None:
+    for overlength, may in (("split", True), ("drop", False)):
+        config = project.load(project.write_config("evaluated", sequence_len=128, overlength=overlength))
+        advice = evaluation_advice(config, outlook_of(config).mode, 1, strengths=3)
+        assert ("a shorter sequence_len" in advice) == may
+
+
 WORKER = """
 import os, sys
 import torch
