@@ -177,10 +177,18 @@ def _remove(old: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove ``directory``: its name at once, so that half of it is taken for the whole by nobody, then its files."""
+    """Remove ``directory``: its name at once, so that half of it is taken for the whole by nobody, then its files.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
     old = _sibling(directory, "removed")
-    directory.rename(old)
-    _remove(old)
+    try:
+        directory.rename(old)
+    except OSError:  # of a lower layer of an overlay, for instance
+        shutil.rmtree(directory)
+    else:
+        _remove(old)
 
 
 def is_leftover(path: Path) -> bool:

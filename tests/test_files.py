@@ -20,6 +20,7 @@ from cadapter.files import (
     check_report,
     new_directory,
     new_file,
+    remove_directory,
     tidy,
     write_json_report,
     write_report,
@@ -126,6 +127,20 @@ def test_what_half_removed_directories_leave_is_tidied_and_never_put_back(tmp_pa
     (tmp_path / ".out.removed-0123abcd").mkdir()
     assert tidy(tmp_path) == [f"{tmp_path}/.out.removed-0123abcd is removed: a process was killed while it removed it."]
     assert names(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_renamed_is_removed_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Path) -> Path:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    remove_directory(tmp_path / "out")
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError):
+        remove_directory(tmp_path / "out")
 
 
 @pytest.mark.parametrize("refused", ["old", "new"])
