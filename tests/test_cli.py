@@ -173,6 +173,16 @@ def test_options_keep_their_place_beside_the_global_ones() -> None:
     assert "--path" in run_raising("pass", "boom", "--help").stdout
 
 
+def test_too_little_gpu_memory_is_no_internal_error() -> None:
+    """In a command without advice of its own."""
+    told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which …"
+    done = run_raising(f"import torch; raise torch.OutOfMemoryError({told!r})", "boom")
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first == "error: GPU memory ran out: Tried to allocate 2.00 GiB."
+    assert "--device cpu" in second
+
+
 def test_a_closed_pipe_is_no_internal_error() -> None:
     """What is still in the buffer when the command has ended, too."""
     command = f"{sys.executable} -m cadapter schema | head -n 1"

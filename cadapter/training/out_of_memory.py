@@ -36,10 +36,15 @@ _IN_WORDS = {
 
 def out_of_memory(error: torch.OutOfMemoryError, phase: str, advice: str = BESIDE_OTHERS) -> CadapterError:
     """What a user is told of ``error``, which came in this phase of a run."""
-    asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
-    told = CadapterError(f"GPU memory ran out, {phase}: {asked[0] if asked else type(error).__name__}.\n{advice}")
+    told = CadapterError(f"GPU memory ran out, {phase}: {what_was_asked(error)}.\n{advice}")
     told.__cause__ = error
     return told
+
+
+def what_was_asked(error: Exception) -> str:
+    """How much memory, as torch's OutOfMemoryError says."""
+    asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+    return asked[0] if asked else type(error).__name__
 
 
 @contextlib.contextmanager
