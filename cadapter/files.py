@@ -158,15 +158,17 @@ def replace_directory(new: Path, target: Path) -> None:
             target.rename(old)
         try:
             _put(new, target)
-            break
         except UsageError:  # another process has put its own there in between
+            _remove(old)
             if attempt == _ATTEMPTS - 1:
                 raise
-        finally:
-            if not os.path.lexists(target):  # the disk has refused it, or a signal came
-                with contextlib.suppress(FileNotFoundError):
-                    old.rename(target)
+        except BaseException:  # the disk has refused it, or a signal came
+            with contextlib.suppress(FileNotFoundError, UsageError):  # nothing stood there, or something does by now
+                _put(old, target)
+            raise
+        else:
             _remove(old)
+            break
 
 
 def _remove(old: Path) -> None:
