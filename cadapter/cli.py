@@ -167,7 +167,17 @@ def _errors_as_exit_codes() -> Iterator[None]:
         terminal.error(f"{error.filename}: {error.strerror}.")
         raise typer.Exit(1) from None
     except Exception as error:
-        raise _internal(error) from None
+        raise (_out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else _internal(error)) from None
+
+
+def _out_of_memory(error: Exception) -> typer.Exit:
+    """Tell of a GPU that is too small; ``error`` is torch's."""
+    from cadapter.training.out_of_memory import BESIDE_OTHERS, what_was_asked
+
+    _show_traceback()
+    elsewhere = "With --device cpu, where a command has it, none is used."
+    terminal.error(f"GPU memory ran out: {what_was_asked(error)}.\n{BESIDE_OTHERS} {elsewhere}")
+    return typer.Exit(1)
 
 
 def _internal(error: Exception) -> typer.Exit:

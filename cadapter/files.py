@@ -26,7 +26,7 @@ from typing import Any, TextIO
 from cadapter.errors import CannotWrite, UsageError
 from cadapter.terminal import note
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced)-[0-9a-f]{8}")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<purpose>partial|replaced|removed)-[0-9a-f]{8}")
 """The names that :func:`_sibling` gives."""
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """How a disk says that it takes no more; what reads never meets these."""
@@ -158,12 +158,17 @@ def replace_directory(new: Path, target: Path) -> None:
             target.rename(old)
         try:
             _put(new, target)
-            break
         except UsageError:  # another process has put its own there in between
+            _remove(old)
             if attempt == _ATTEMPTS - 1:
                 raise
-        finally:
+        except BaseException:  # the disk has refused it, or a signal came
+            with contextlib.suppress(FileNotFoundError, UsageError):  # nothing stood there, or something does by now
+                _put(old, target)
+            raise
+        else:
             _remove(old)
+            break
 
 
 def _remove(old: Path) -> None:
@@ -173,17 +178,32 @@ def _remove(old: Path) -> None:
         old.unlink(missing_ok=True)
 
 
+def remove_directory(directory: Path) -> None:
+    """Remove ``directory``: its name at once, so that half of it is taken for the whole by nobody, then its files.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    old = _sibling(directory, "removed")
+    try:
+        directory.rename(old)
+    except OSError:  # of a lower layer of an overlay, for instance
+        shutil.rmtree(directory)
+    else:
+        _remove(old)
+
+
 def is_leftover(path: Path) -> bool:
     """Whether ``path`` has the name of something that a process is writing, or was when it was killed."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def tidy(directory: Path, concerns: Callable[[Path], bool] = lambda _: True) -> list[str]:
-    """Clean up in ``directory`` what a killed process left there of :func:`new_directory` and :func:`new_file`.
+    """Clean up in ``directory`` what a killed process left there of what it wrote or removed by this module.
 
-    What was half written is removed. Where the old version had been moved away and the new one was not there yet, the
-    old one takes its place again. Nobody else may be writing in the directory, or else ``concerns`` says for each path
-    whether it is left over.
+    What was half written or half removed is removed. Where the old version had been moved away and the new one was not
+    there yet, the old one takes its place again. Nobody else may be writing in the directory, or else ``concerns`` says
+    for each path whether it is left over.
 
     Returns:
         What was done, a line for each.
@@ -202,7 +222,8 @@ def tidy(directory: Path, concerns: Callable[[Path], bool] = lambda _: True) -> 
             shutil.rmtree(path)
         else:
             path.unlink()
-        done.append(f"{path} is removed: a process was killed while it wrote there.")
+        doing = "removed it" if match["purpose"] == "removed" else "wrote there"
+        done.append(f"{path} is removed: a process was killed while it {doing}.")
     return done
 
 

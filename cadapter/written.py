@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cadapter.errors import UsageError
+from cadapter.files import is_leftover
 from cadapter.training.contents import foreign_to_weights, has_weights
 from cadapter.training.run_directory import RunDirectory
 
@@ -24,7 +25,7 @@ def refuse_foreign_directory(output: Path) -> None:
     run, there = RunDirectory(output), sorted(output.iterdir())
     if run.holds_run:
         parts = run.parts()
-        foreign = [path for path in there if path not in parts] + run.foreign()
+        foreign = [path for path in there if path not in parts and not is_leftover(path)] + run.foreign()
     else:
         foreign = foreign_to_weights(output)
         if not has_weights(output):

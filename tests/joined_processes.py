@@ -25,6 +25,24 @@ with joined_world() as world:
 print("done", flush=True)
 """
 
+TERMINATED = """
+import os, signal, sys
+from cadapter.cli import main
+from cadapter.training.trainer import Trainer
+
+forward = Trainer._forward_and_backward
+
+def terminated(self, step):
+    if step == int(os.environ["STEP"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    forward(self, step)
+
+Trainer._forward_and_backward = terminated
+sys.argv = ["cadapter", "train", *sys.argv[1:]]
+main()
+"""
+"""``cadapter train`` that is told to stop within step STEP."""
+
 
 def run_processes(body: str, count: int = 2) -> tuple[list[int], str, float]:
     """Run ``body(world)`` in each of ``count`` processes: exit codes by rank, all that was said, seconds."""

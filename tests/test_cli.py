@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,16 @@ def test_options_keep_their_place_beside_the_global_ones() -> None:
     assert "--path" in run_raising("pass", "boom", "--help").stdout
 
 
+def test_too_little_gpu_memory_is_no_internal_error() -> None:
+    """In a command without advice of its own."""
+    told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which …"
+    done = run_raising(f"import torch; raise torch.OutOfMemoryError({told!r})", "boom")
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first == "error: GPU memory ran out: Tried to allocate 2.00 GiB."
+    assert "--device cpu" in second
+
+
 def test_a_closed_pipe_is_no_internal_error() -> None:
     """What is still in the buffer when the command has ended, too."""
     command = f"{sys.executable} -m cadapter schema | head -n 1"
@@ -179,6 +190,25 @@ def test_a_closed_pipe_is_no_internal_error() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, env=buffered)
     assert done.stdout == "{\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_terminal_that_has_gone_is_a_pipe_that_nobody_reads(unbuffered: str) -> None:
+    """Writing to it fails with EIO; it is not this process's own, whose end would also be a signal."""
+
+    def ended(output: int) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "cadapter", "schema"], stdout=output, stderr=subprocess.PIPE, text=True, timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, start_new_session=True,
+        )  # fmt: skip
+        os.close(output)
+        return done.returncode, done.stderr
+
+    terminal, side = pty.openpty()
+    reader, writer = os.pipe()
+    os.close(terminal)
+    os.close(reader)
+    assert ended(side) == ended(writer) == (1, "")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

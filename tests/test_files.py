@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import signal
@@ -19,6 +20,7 @@ from cadapter.files import (
     check_report,
     new_directory,
     new_file,
+    remove_directory,
     tidy,
     write_json_report,
     write_report,
@@ -119,6 +121,48 @@ def test_what_a_killed_process_leaves_is_tidied(tmp_path: Path, moment: str) -> 
     assert (tmp_path / "out" / "file").read_text() == "old"
     assert len(told) == (1 if moment == "while writing" else 2)
     assert tidy(tmp_path) == []
+
+
+def test_what_half_removed_directories_leave_is_tidied_and_never_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".out.removed-0123abcd").mkdir()
+    assert tidy(tmp_path) == [f"{tmp_path}/.out.removed-0123abcd is removed: a process was killed while it removed it."]
+    assert names(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_renamed_is_removed_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Path) -> Path:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    remove_directory(tmp_path / "out")
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError):
+        remove_directory(tmp_path / "out")
+
+
+@pytest.mark.parametrize("refused", ["old", "new"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_a_directory_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, error: BaseException
+) -> None:
+    """The disk takes neither rename, or a signal comes between them."""
+    with new_directory(tmp_path / "out") as made:
+        (made / "file").write_text("old")
+    rename = Path.rename
+
+    def renamed(self: Path, target: Path) -> Path:
+        if ("partial" in self.name) == (refused == "new") and "replaced" not in self.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(type(error)), new_directory(tmp_path / "out", force=True) as made:
+        (made / "file").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "old"
 
 
 def test_only_leftovers_are_tidied(tmp_path: Path) -> None:

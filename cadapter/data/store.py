@@ -196,10 +196,11 @@ def _no_documents(dataset: Dataset, counts: Counts) -> str:
         if count
     ]
     found = f"only {', '.join(left_out)}" if left_out else "none"
+    cut = '"split"' if dataset.overlength == "truncate" else '"truncate" or "split"'  # cut, no answer was left of them
     remedies = [
         remedy
         for count, remedy in (
-            (counts.overlength_documents, 'Raise sequence_len, or set overlength to "truncate" or "split".'),
+            (counts.overlength_documents, f"Raise sequence_len, or set overlength to {cut}."),
             (counts.empty_documents, "Check that the dataset's fields are those that hold the texts."),
         )
         if count

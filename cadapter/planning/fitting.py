@@ -21,7 +21,8 @@ class Situation:
     Attributes:
         kind: "control", "lora" or "full".
         checkpointing: the value of ``activation_checkpointing``.
-        four_bit, rows, accumulation, stages, tokens, gradient_dtype: of the config.
+        four_bit, rows, accumulation, stages, tokens: of the config.
+        wide_gradients: whether gradients add up in a wider dtype than the weights have.
         replicas: that the stages are on.
         layers: of the model.
         chosen: those in which something is trained.
@@ -35,7 +36,7 @@ class Situation:
     stages: int
     replicas: int
     tokens: int
-    gradient_dtype: str
+    wide_gradients: bool
     layers: int
     chosen: Sequence[int]
 
@@ -68,7 +69,7 @@ def changes(now: Situation) -> list[Settings]:
     while rows > 1:
         rows = rows // 2 if rows % 2 == 0 else 1
         found.append({"micro_batch_size": rows, ACCUMULATION: now.accumulation * now.rows // rows})
-    if now.kind == "full" and now.gradient_dtype == "float32":
+    if now.kind == "full" and now.wide_gradients:
         found.append({"gradient_dtype": "bfloat16"})
     if now.kind != "full" and not now.four_bit:
         found.append({"load_in_4bit": True})
@@ -81,8 +82,8 @@ def changes(now: Situation) -> list[Settings]:
         stages *= 2
     if len(now.chosen) > 1:
         found.append({"layers_to_transform": layer_ranges(now.chosen[len(now.chosen) // 2 :])})
-    if now.tokens >= 128 and now.tokens % 128 == 0:
-        found.append({"sequence_len": now.tokens // 2})
+    if now.tokens >= 128:
+        found.append({"sequence_len": now.tokens // 128 * 64})
     return found
 
 

@@ -7,7 +7,7 @@ one forward pass gives the base's and the adapted distributions, and the last st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from cadapter.training.failures import joined_world
 from cadapter.training.held_out import check_held_out
 from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.losses import ComparisonLoss
+from cadapter.training.out_of_memory import advising, evaluation_advice
 from cadapter.training.recompute import Recompute
 from cadapter.training.scores import TOKENS, Contrast, Cost, Lean, Score, contrasts, costs, leans, score_datasets
 from cadapter.training.stages import StageBuilder
@@ -95,11 +96,11 @@ def evaluate(config: Config, options: EvalOptions) -> Evaluation | None:
     Raises:
         UsageError: adapter, model and data do not go together, or there is nothing to score.
     """
-    with joined_world() as world:
-        return _evaluate(config, options, world)
+    with joined_world() as world, ExitStack() as stack:
+        return _evaluate(config, options, world, stack)
 
 
-def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation | None:
+def _evaluate(config: Config, options: EvalOptions, world: World, stack: ExitStack) -> Evaluation | None:
     remark = check_deepspeed()
     if remark and world.is_main:
         warn(remark)
@@ -116,6 +117,7 @@ def _evaluate(config: Config, options: EvalOptions, world: World) -> Evaluation 
     stages = 1 if world.size == 1 else config.pipeline_stages
     layout = Layout.of(world.size, stages, world.rank, config.use_column_major_topology)
     world.watch.lay_out(layout.stage, layout.stages)
+    stack.enter_context(advising(world, lambda: evaluation_advice(config, subject.mode, world.size, len(strengths))))
     world.watch.enter("loading the model")
     loss = ComparisonLoss()
     builder = StageBuilder(subject.model, subject.mode, CarrierFormat(), Recompute(0), stages=layout.stages)

@@ -21,6 +21,7 @@ from cadapter import terminal
 from cadapter.errors import CadapterError, Stopped, UsageError
 from cadapter.training.distributed import World, join_world, leave_world
 from cadapter.training.error_file import ErrorFile
+from cadapter.training.out_of_memory import out_of_memory
 from cadapter.training.signals import StopRequest, heeded
 
 FAILED, HEARD = "cadapter/failed", "cadapter/heard"
@@ -82,20 +83,12 @@ def end_with_another(reason: str, world: World) -> CadapterError:
 
 
 def _in_plain_words(error: BaseException, world: World) -> BaseException:
-    """Return for lack of memory an error that says what to do, for a request to stop what it means, else ``error``."""
+    """Return for lack of GPU memory and for a request to stop what they mean to the user, else ``error``."""
     if isinstance(error, StopRequest):
         return error.as_error()
     if not isinstance(error, torch.OutOfMemoryError):
         return error
-    asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
-    plain = CadapterError(
-        f"GPU memory ran out, {world.watch.own.phase}: {asked[0] if asked else type(error).__name__}.\n"
-        'Keep less (activation_checkpointing = "full" or "offload"), hold the base in 4 bits (load_in_4bit = true), '
-        "lower micro_batch_size or sequence_len, or use more pipeline_stages.\n"
-        "`cadapter plan CONFIG --gpu-memory GIB` says which of these fits."
-    )
-    plain.__cause__ = error
-    return plain
+    return out_of_memory(error, world.watch.own.phase)
 
 
 def _heading(world: World) -> str:

@@ -15,7 +15,7 @@ from cadapter.models.checkpoint import resolve_model
 from cadapter.models.isolation import check_isolation
 from cadapter.models.loading import DTYPES, FLEX_ATTENTION, CausalLM
 from cadapter.models.outline import CONFIG_FILES, open_weightless
-from cadapter.planning.fitting import Remedy, Settings, Situation, remedies
+from cadapter.planning.fitting import Remedy, Settings, remedies
 from cadapter.planning.layouts import Candidate, Place, Verdict, judge
 from cadapter.planning.machines import Machine
 from cadapter.planning.memory import RunSizes, StageMemory, all_stages, heaviest
@@ -23,7 +23,7 @@ from cadapter.training.layout import Layout, stage_bounds
 from cadapter.training.modes import mode_of
 from cadapter.training.modes.base import Mode
 from cadapter.training.recompute import FASTEST_FIRST, Recompute, in_a_word, recompute_for, usable_bytes
-from cadapter.training.sizes import carrier_of, compiles_on, sizes_of
+from cadapter.training.sizes import carrier_of, compiles_on, situation_of, sizes_of
 
 NOWHERE = torch.device("meta")
 """Where the model of a forecast lies."""
@@ -197,20 +197,8 @@ def _places(gpus: int, stages: int, column_major: bool) -> tuple[Place, ...]:
 
 
 def _remedies(outlook: Outlook, machine: Machine) -> tuple[list[Remedy], Remedy | None]:
-    config, model = outlook.config, outlook.model
-    now = Situation(
-        kind=outlook.mode.name,
-        checkpointing=config.activation_checkpointing,
-        four_bit=config.load_in_4bit,
-        rows=config.micro_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        stages=config.pipeline_stages,
-        replicas=machine.gpus // config.pipeline_stages,
-        tokens=config.sequence_len,
-        gradient_dtype=config.gradient_dtype,
-        layers=model.layer_count,
-        chosen=tuple(outlook.mode.layers),
-    )
+    config = outlook.config
+    now = situation_of(config, outlook.mode, machine.gpus, config.activation_checkpointing)
     return remedies(now, lambda settings: _attempt(config, machine, settings))
 
 

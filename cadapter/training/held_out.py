@@ -66,6 +66,11 @@ def _run_of(subject: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def splits_documents(config: Config) -> bool:
+    """Whether documents may be split, so that none changes sides with another length of sequences."""
+    return not config.mix_datasets and all(overlength_of(config, each) == "split" for each in config.datasets)
+
+
 def _with_harmless_keys_of(saved: dict[str, Any], config: Config) -> Config:
     """``config`` with those values of the run by which no document changes sides.
 
@@ -75,7 +80,7 @@ def _with_harmless_keys_of(saved: dict[str, Any], config: Config) -> Config:
     values = {"mask_tokens": saved.get("mask_tokens"), "drop_tails": saved.get("drop_tails")}
     if config.eval_fraction < saved.get("eval_fraction", 0):
         values["eval_fraction"] = saved["eval_fraction"]
-    if not config.mix_datasets and all(overlength_of(config, each) == "split" for each in config.datasets):
+    if splits_documents(config):
         values["sequence_len"] = saved.get("sequence_len")
     tails = [each.get("drop_tails") for each in saved.get("datasets", ())]
     if len(tails) == len(config.datasets):

@@ -21,6 +21,7 @@ from cadapter.training.build import Plan, build_run, compiles, plan_run, record_
 from cadapter.training.distributed import World, from_main, on_main, sum_over_world
 from cadapter.training.engine import check_deepspeed
 from cadapter.training.failures import joined_world
+from cadapter.training.out_of_memory import WEIGHTS, advising, training_advice
 from cadapter.training.recompute import in_a_word
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import compare_settings, difference, given_keys, settings_of
@@ -99,7 +100,8 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         note(f"Resuming from {resume_from}." if resume_from else "No checkpoint to resume from: starting afresh.")
     world.watch.enter("loading the model")
     started = time.monotonic()
-    run = build_run(plan, world, directory, resume_from, given)
+    with advising(world, lambda: training_advice(config, plan.mode, world.size, None, WEIGHTS)):
+        run = build_run(plan, world, directory, resume_from, given)
     if world.is_main:
         read = plan.model.checkpoint
         note(
@@ -114,6 +116,7 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
     on_main(start, world)
     with contextlib.ExitStack() as stack:
         stack.enter_context(naming_what_is_kept(directory))
+        stack.enter_context(advising(world, lambda: _advice(run)))
         reporter = None
         if world.is_main:
             reporter = stack.enter_context(_reporter(run))
@@ -126,6 +129,12 @@ def _train(config: Config, source: Path, options: TrainOptions, directory: RunDi
         # The run's own config.toml is the config as given: what was overridden has to be given again.
         again = [part for override in options.overrides for part in ("--set", override)]
         note(f"Next: {shlex.join(['cadapter', 'eval', str(directory.path / 'config.toml'), *again])}")
+
+
+def _advice(run: Run) -> str:
+    """What would take less memory than training does now."""
+    kept = run.rehearsal.keep or run.config.activation_checkpointing
+    return training_advice(run.config, run.mode, run.world.size, kept)
 
 
 def _reporter(run: Run) -> Reporter:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 from pathlib import Path
 
 from cadapter.errors import UsageError
-from cadapter.files import tidy
+from cadapter.files import remove_directory, tidy
 from cadapter.training.contents import foreign_to_checkpoints, foreign_to_logs, foreign_to_weights, has_weights
 from cadapter.training.error_file import ERROR_FILE
 from cadapter.training.state import Moved, newest_checkpoint
@@ -193,7 +192,7 @@ class RunDirectory:
             self.tidy_up()
             for part in self.parts() if held_run else []:
                 if part not in stay:
-                    shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+                    remove_directory(part) if part.is_dir() and not part.is_symlink() else part.unlink()
 
 
 def adapter_of_run(path: Path) -> Path:

@@ -8,6 +8,7 @@ from cadapter.config import Config
 from cadapter.models.layers import CarrierFormat
 from cadapter.models.loading import FLEX_ATTENTION, NORM_PREFIX, CausalLM
 from cadapter.planning.blocks import Block, block_shape
+from cadapter.planning.fitting import Situation
 from cadapter.planning.memory import RunSizes
 from cadapter.training.modes.base import Mode
 
@@ -65,6 +66,23 @@ def sizes_of(config: Config, model: CausalLM, mode: Mode, carrier: CarrierFormat
         penalty=carrier.penalty,
         dropout=carrier.dropout,
         positions=carrier.positions,
+    )
+
+
+def situation_of(config: Config, mode: Mode, processes: int, kept: str | int) -> Situation:
+    """What of a run on so many processes, whose blocks keep this, can be changed for memory's sake."""
+    return Situation(
+        kind=mode.name,
+        checkpointing=kept,
+        four_bit=config.load_in_4bit,
+        rows=config.micro_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        stages=config.pipeline_stages,
+        replicas=processes // config.pipeline_stages,
+        tokens=config.sequence_len,
+        wide_gradients=config.gradient_dtype == "float32" != config.dtype,
+        layers=len(mode.trainable()) - 2,  # beside embedding and head
+        chosen=tuple(mode.layers),
     )
 
 

@@ -12,10 +12,10 @@ that the position in it is a number.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cadapter.errors import UsageError
-from cadapter.files import new_directory, read_json, refuse_links_out, write_json
+from cadapter.files import new_directory, read_json, refuse_links_out, remove_directory, write_json
 from cadapter.training.resuming import EXCUSED_BY, difference
 
 OPTIMISER_STEM = "optimizer"
@@ -72,8 +72,11 @@ class Position:
 
     def __post_init__(self) -> None:
         counts = self.step, self.sequences, self.tokens, self.best_step, self.unimproved, self.skipped, self.sound
-        if any(type(count) is not int or count < 0 for count in counts):
+        if any(type(count) is not int or count < 0 for count in (*counts, self.evaluated + 1)):
             raise ValueError(f"a count of {self} is no whole number")
+        numbers = self.seconds, 0.0 if self.best_loss is None else self.best_loss
+        if any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
+            raise ValueError(f"seconds or best_loss of {self} is no number")
 
     def is_enough(self, patience: int | None) -> bool:
         """Whether ``patience`` evaluations in a row were no improvement; None: never."""
@@ -216,7 +219,8 @@ def save_checkpoint(
     for old in found:
         # The target stays, too: damaged ones with later steps may be there, which the run has yet to reach again.
         if old not in kept and old != target:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_directory(old)
     return target
 
 

@@ -29,6 +29,7 @@ from cadapter.training.layout import Layout
 from cadapter.training.losses import SUMS, TrainingLoss
 from cadapter.training.modes.base import Mode
 from cadapter.training.optimiser import Optimiser
+from cadapter.training.out_of_memory import advising, training_advice
 from cadapter.training.rehearsal import Rehearsal
 from cadapter.training.report import Reporter
 from cadapter.training.resuming import settings_of
@@ -120,12 +121,14 @@ class Trainer:
                 self._flush()
                 raise self._too_many_skipped()
             step, plan = self.position.step, self.run.plan
-            self._evaluate_if_due()
+            stops = stop and step < plan.total_steps
+            if not stops:  # whoever stops a run does not wait for long; going on, it evaluates first
+                self._evaluate_if_due()
             if plan.ends_epoch(step):
                 self._save_adapter(self.run.directory.epoch(plan.epoch_of(step)))
             if save or stop or plan.ends_epoch(step):
                 self._save_checkpoint()
-            if stop and self.position.step < self.run.plan.total_steps:
+            if stops:
                 self._flush()
                 raise Stopped(f"Stopped after step {self.position.step}; a checkpoint is saved.", stop)
         self._flush()
@@ -341,14 +344,20 @@ class Trainer:
         run, step = self.run, self.position.step
         if run.evaluation is None or step not in self._evaluations or self.position.evaluated >= step:
             return
+        # No block keeps anything for a backward pass here.
+        with advising(run.world, lambda: training_advice(run.config, run.mode, run.world.size, kept=None)):
+            self._evaluate(run.evaluation)
+
+    def _evaluate(self, evaluation: EvaluationBatches) -> None:
+        run, step = self.run, self.position.step
         self._flush()
         self._enter(f"evaluation after step {step}")
         run.loss.take_sums()
-        count = len(run.evaluation) * run.evaluation_accumulation
-        run.pipeline.evaluate(evaluation_micro_batches(run.evaluation, run.loss.settings), count)
+        count = len(evaluation) * run.evaluation_accumulation
+        run.pipeline.evaluate(evaluation_micro_batches(evaluation, run.loss.settings), count)
         numbers = sum_over_world(run.loss.take_sums())
         sums = dict(zip(SUMS, numbers.tolist(), strict=True))
-        neutral = sum(run.evaluation.totals(number).neutral for number in range(len(run.evaluation)))
+        neutral = sum(evaluation.totals(number).neutral for number in range(len(evaluation)))
         values = self._loss_metrics("eval", sums, neutral)
         epoch = run.plan.epoch_of(max(step, 1))
         if self.reporter is not None:
@@ -359,6 +368,8 @@ class Trainer:
         self._write_samples(epoch)
         if self.position.count_evaluation(values.get("eval/loss", math.inf)):
             self._save_adapter(run.directory.best)
+        if self._checkpointed_step == step:  # before this evaluation, which may be the one that ends the run
+            self._checkpointed_step = -1
         if self.position.is_enough(self._patience) and step < run.plan.total_steps and run.world.is_main:
             note(self.position.why_enough())
 

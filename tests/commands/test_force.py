@@ -113,7 +113,17 @@ def test_what_cadapter_wrote_is_replaced(base, adapter, merged, tmp_path, kind) 
     else:
         output.mkdir()
     if kind == "a run":
-        fill(output, ["config.toml", "resolved.json", "metrics.jsonl", "final/README.md", "logs/events.out.tfevents.1"])
+        fill(
+            output,
+            [
+                "config.toml",
+                "resolved.json",
+                "metrics.jsonl",
+                "final/README.md",
+                ".best.removed-0123abcd/x",
+                "logs/events.out.tfevents.1",
+            ],
+        )
         shutil.copytree(adapter, output / "epoch12")
     assert run("to-mult-lora", adapter, output, "--base", base, "--force").exit_code == 0
     assert sorted(path.name for path in output.iterdir()) == [

@@ -19,12 +19,12 @@ from tests.tiny_models import LAYERS
 FIRST = {
     "inspect-norms": ("inspect-norms", "adapter"),
     "to-mult-lora": ("to-mult-lora", "adapter", "mult lora"),
-    "to-add-lora": ("to-add-lora", "base", "adapter", "add-lora"),
+    "to-add-lora": ("to-add-lora", "base", "adapter", "add lora"),
 }
 LAST = {
     "inspect-norms": "python convert_hf_to_gguf.py merged --outfile",
     "to-mult-lora": "python convert_hf_to_gguf.py 'mult lora-merged' --outfile",
-    "to-add-lora": "llama-cli -m base.gguf --lora",
+    "to-add-lora": "llama-cli -m base.gguf --lora 'add lora.gguf'",
 }
 """Where the way ends that begins so: in llama.cpp."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import gguf
@@ -47,6 +49,21 @@ def test_the_summary_says_what_was_written(lora, tmp_path):
     assert f"Next: llama-cli -m base.gguf --lora {output}" in result.stdout
     assert result.stderr == ""
     assert [path.name for path in output.parent.iterdir()] == ["lora.gguf"]
+
+
+@pytest.mark.parametrize("folder", ["two words", "it's $HOME; `echo`"])
+def test_the_next_command_runs_in_a_shell_wherever_the_file_lies(lora, tmp_path, folder):
+    output = tmp_path / folder / "a lora.gguf"
+    result = run("to-gguf", lora, output)
+    command = result.stdout.splitlines()[-1].removeprefix("Next: ")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "llama-cli").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (programs / "llama-cli").chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env={"PATH": path}, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["-m", "base.gguf", "--lora", str(output)], done.stderr
+    assert gguf.GGUFReader(done.stdout.splitlines()[-1]).tensors
 
 
 def test_tensors_of_another_type_are_named(lora, base, tmp_path):

@@ -74,6 +74,45 @@ def test_all_too_long(tmp_path: Path, make_config: MakeConfig) -> None:
         prepare(tmp_path, make_config, [letters(100)] * 2, overlength="drop")
 
 
+PROMPT, LONG = "Hi " * 5, "Hi " * 90
+
+
+@pytest.mark.parametrize(
+    ("question", "as_chat", "keys", "others"),
+    [
+        (PROMPT, False, {}, ["truncate", "split"]),
+        (PROMPT, True, {"overlength": "drop"}, ["truncate", "split"]),
+        (LONG, True, {"overlength": "truncate"}, ["split"]),  # nothing of the answers is left
+    ],
+)
+def test_what_is_said_of_pairs_that_are_all_too_long_helps(
+    tmp_path: Path, make_config: MakeConfig, question: str, as_chat: bool, keys: dict[str, Any], others: list[str]
+) -> None:
+    make_chat_tokenizer(tmp_path / "chat-model", CHATML)
+
+    def side(word: str) -> Any:
+        answer = f"{word} " * 60
+        turns = [("user", question), ("assistant", answer)]
+        return [{"role": role, "content": content} for role, content in turns] if as_chat else question + answer
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"chosen": side("Hello"), "rejected": side("Bye")}) + "\n")
+    table = {"dataset_path": str(file), "chosen_field": "chosen", "rejected_field": "rejected"}
+
+    def documents(**changes: Any) -> int:
+        settings = {"model_dir": str(tmp_path / "chat-model"), "eval_fraction": 0, **keys, **changes}
+        return prepare_data(make_config([table], **settings)).reports[0].documents
+
+    with pytest.raises(UsageError) as caught:
+        documents()
+    assert str(caught.value).splitlines() == [
+        f"The dataset {file} has no documents (only 2 longer than a sequence).",
+        f"Raise sequence_len, or set overlength to {' or '.join(map(json.dumps, others))}.",
+    ]
+    assert documents(sequence_len=512) == 2
+    assert [documents(overlength=each) for each in others] == [2] * len(others)
+
+
 def test_a_dataset_has_its_own(tmp_path: Path, make_config: MakeConfig) -> None:
     file = str(write_jsonl(tmp_path / "a.jsonl", [letters(100), letters(30)]))
     tables = [{"dataset_path": file}, {"dataset_path": file, "overlength": "truncate"}]

@@ -10,7 +10,7 @@ from cadapter.planning.fitting import Remedy, Settings, Situation, changes, reme
 
 NOW = Situation(
     kind="control", checkpointing="none", four_bit=False, rows=4, accumulation=2, stages=1, replicas=1, tokens=1024,
-    gradient_dtype="float32", layers=8, chosen=range(8),
+    wide_gradients=True, layers=8, chosen=range(8),
 )  # fmt: skip
 BYTES = {"activation_checkpointing": 30, "micro_batch_size": 20, "load_in_4bit": 25, "sequence_len": 10}
 
@@ -36,10 +36,17 @@ def test_changes_are_of_the_settings_that_a_run_has() -> None:
     full = keys_of(replace(NOW, kind="full"))
     assert "load_in_4bit" not in full
     assert "gradient_dtype" in full
+    assert "gradient_dtype" not in keys_of(replace(NOW, kind="full", wide_gradients=False))
     assert "activation_checkpointing" not in keys_of(replace(NOW, checkpointing="auto"))
     assert "activation_checkpointing" not in keys_of(replace(NOW, checkpointing="offload"))
     assert "sequence_len" not in keys_of(replace(NOW, tokens=64))
     assert "micro_batch_size" not in keys_of(replace(NOW, rows=1))
+
+
+@pytest.mark.parametrize(("tokens", "shorter"), [(1024, 512), (192, 64), (128, 64), (64, None)])
+def test_sequences_become_shorter_multiples_of_64(tokens: int, shorter: int | None) -> None:
+    found = [each["sequence_len"] for each in changes(replace(NOW, tokens=tokens)) if "sequence_len" in each]
+    assert found == ([] if shorter is None else [shorter])
 
 
 def test_smaller_micro_batches_keep_the_batch() -> None:

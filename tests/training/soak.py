@@ -129,7 +129,7 @@ def half_written(directory: Path, stem: str) -> list[str]:
 
 def leftovers(directory: Path) -> list[str]:
     """What writes that did not end left anywhere under a directory."""
-    names = ("*.partial-*", "*.replaced-*")
+    names = ("*.partial-*", "*.replaced-*", "*.removed-*")
     return sorted(str(path.relative_to(directory)) for name in names for path in directory.rglob(name))
 
 

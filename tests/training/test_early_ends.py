@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cadapter.training.state import Position
 from tests.forked_commands import call, run_all, run_all_well
+from tests.joined_processes import TERMINATED, run_program
 from tests.tiny_project import Project, metrics
 
 # The held-out loss of texts this small begins to rise after a few steps of this size.
@@ -105,6 +106,20 @@ def test_a_run_that_stopped_is_done_until_its_patience_grows(project: Project, s
     assert refused.returncode == 2
     assert f"Stopping early after step {last}" in refused.stderr
     assert metrics(other)[-1]["step"] > last
+
+
+def test_an_end_that_only_the_resumed_run_finds_is_one(project: Project, stopped: tuple[Path, int, str]) -> None:
+    """It was told to stop before the last evaluation, which shows that the run is done."""
+    directory, last, _ = stopped
+    other, config = project.root / "early-terminated", project.write_config("early-terminated", **RISING)
+    codes, _, _ = run_program(TERMINATED, 1, config, STEP=str(last))
+    assert codes == [143]
+    assert not (other / "final").exists()
+    found, again = run_all(*[call("train", config, "--resume-from-checkpoint")] * 2)
+    assert f"Stopping early after step {last}: " in found.stdout
+    assert equal(other / "final", directory / "final")
+    assert position(other, last) | {"seconds": 0} == position(directory, last) | {"seconds": 0}
+    assert (again.returncode, "is the end of this run already" in again.stderr) == (2, True)
 
 
 @pytest.mark.slow

@@ -48,14 +48,22 @@ def family(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     return {child.environ().get("RANK", "launcher"): child for child in children}
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it has not ended: an orphan that has stays as a zombie where process 1, of a container, cares not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def ended(process: subprocess.Popen[str], members: dict[str, psutil.Process], seconds: float) -> str:
     """What the command says, which must fail within ``seconds`` with one error and leave no process."""
     started = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     assert time.monotonic() - started < seconds
-    _, alive = psutil.wait_procs(list(members.values()), timeout=1)
-    assert alive == []
+    _, there = psutil.wait_procs(list(members.values()), timeout=1)
+    assert [each for each in there if is_alive(each)] == []
     assert errors.count("error: ") == 1, errors
     for word in ("internal error", "Traceback", "frame #"):
         assert word not in errors
@@ -130,7 +138,7 @@ def test_a_process_that_never_comes_is_said(project: Project, tmp_path: Path) ->
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_too_little_gpu_memory_is_no_internal_error(processes: int) -> None:
-    """What PyTorch raises on a GPU, in one of the processes; it names what to set."""
+    """What PyTorch raises on a GPU, in one of the processes."""
     body = (
         "import torch; world.watch.enter('step 3 of 8')\n"
         "    if world.rank == world.size - 1: raise torch.OutOfMemoryError('CUDA. Tried to allocate 2 GiB.')\n"
@@ -139,8 +147,7 @@ def test_too_little_gpu_memory_is_no_internal_error(processes: int) -> None:
     codes, said, _ = run_processes(body, processes)
     assert codes == [1] * processes
     assert said.count("CadapterError: GPU memory ran out, step 3 of 8: Tried to allocate 2 GiB.") == 1, said
-    assert "activation_checkpointing" in said
-    assert "cadapter plan CONFIG" in said
+    assert "Does another program use the GPU?" in said
 
 
 def test_a_limit_that_is_none(project: Project) -> None:

@@ -111,6 +111,22 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(project: Project, tmp_pa
     assert not (directory / "error.txt").exists()
 
 
+def test_a_run_goes_on_where_a_terminal_has_gone_that_is_not_its_own(project: Project, tmp_path: Path) -> None:
+    """Nothing but EIO tells of it."""
+    config = project.write_config("gone", max_steps=2, output_dir=str(tmp_path / "run"))
+    terminal, side = pty.openpty()
+    process = subprocess.Popen(
+        command("train", config), env=environment(TERM="xterm"), text=True, stdin=subprocess.DEVNULL, stdout=side,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    os.close(side)
+    os.read(terminal, 1)
+    os.close(terminal)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, "")
+    assert (tmp_path / "run" / "final").is_dir()
+
+
 @pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_run_goes_on_when_the_disk_of_its_output_is_full(project: Project, tmp_path: Path, unbuffered: str) -> None:
     config = project.write_config(f"full-output{unbuffered}", max_steps=2, output_dir=str(tmp_path / "run"))

@@ -114,6 +114,7 @@ def test_where_nothing_is_small_enough_the_run_ends_with_the_usual_error(project
     assert "From rank 0 of 2 (stage 0 of 2), rehearsal of a step:" in said
     assert said.count("error: ") == 1
     assert "error: GPU memory ran out, rehearsal of a step: Tried to allocate 2 GiB." in said
+    assert "       Less is taken with load_in_4bit = true, pipeline_stages = 4 on 4 GPUs, " in said
     assert "Traceback" not in said
     assert "keeps" not in said, "a step was taken"
 

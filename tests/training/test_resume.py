@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.joined_processes import TERMINATED, run_program
 from tests.tiny_project import Project, command, environment, listing, metrics, run, run_well
 
 KEYS: dict[str, Any] = {
@@ -106,6 +107,19 @@ def stopped_and_resumed(project: Project, processes: int, number: int, code: int
 @pytest.mark.processes
 def test_a_terminated_run_goes_on_bit_for_bit(project: Project, straight: Path) -> None:
     assert_equal_runs(straight, stopped_and_resumed(project, 1, signal.SIGTERM, 143))
+
+
+@pytest.mark.processes
+def test_a_stop_does_not_wait_for_an_evaluation_which_the_resumed_run_makes(project: Project, straight: Path) -> None:
+    """Whoever stops a run gives it half a minute, often, before it is killed."""
+    config = project.write_config("stopped-at-evaluation", **KEYS)
+    directory = project.root / "stopped-at-evaluation"
+    codes, said, _ = run_program(TERMINATED, 1, config, STEP="10")
+    assert codes == [143], said
+    assert checkpoints(directory)[-1] == "step-000010"
+    assert [line["step"] for line in metrics(directory, "eval")] == [0, 5]
+    run_well("train", config, "--resume-from-checkpoint")
+    assert_equal_runs(straight, directory)
 
 
 @pytest.mark.processes

@@ -219,7 +219,13 @@ def test_another_format_and_unreadable_state_are_usage_errors(tmp_path: Path) ->
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("wrong", [{"sequences": -1}, {"step": 1.5}, {"skipped": "many"}, {"tokens": True}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sequences": -1}, {"step": 1.5}, {"skipped": "many"}, {"tokens": True}, {"evaluated": "never"},
+        {"evaluated": -2}, {"seconds": None}, {"seconds": float("nan")}, {"best_loss": "low"}, {"best_loss": True},
+    ],
+)  # fmt: skip
 def test_a_position_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     path = save(tmp_path, 7)
     state = json.loads((path / "state.json").read_text())
