@@ -218,12 +218,16 @@ def tidy(directory: Path, concerns: Callable[[Path], bool] = lambda _: True) -> 
             path.rename(target)
             done.append(f"{target} is put back: a process was killed while it was being replaced.")
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
         doing = "removed it" if match["purpose"] == "removed" else "wrote there"
-        done.append(f"{path} is removed: a process was killed while it {doing}.")
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:  # on NFS, while another machine has a file of it open
+            done.append(f"{path}: a process was killed while it {doing}, and it cannot be removed: {error.strerror}.")
+        else:
+            done.append(f"{path} is removed: a process was killed while it {doing}.")
     return done
 
 

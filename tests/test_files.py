@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_what_half_removed_directories_leave_is_tidied_and_never_put_back(tmp_pa
     (tmp_path / ".out.removed-0123abcd").mkdir()
     assert tidy(tmp_path) == [f"{tmp_path}/.out.removed-0123abcd is removed: a process was killed while it removed it."]
     assert names(tmp_path) == []
+
+
+def test_what_cannot_be_removed_is_told_and_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".a.removed-0123abcd").mkdir()
+    (tmp_path / ".b.partial-0123abcd").write_text("half")
+
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    told = tidy(tmp_path)
+    assert len(told) == 2
+    assert "cannot be removed: Device or resource busy" in told[0]
+    assert names(tmp_path) == [".a.removed-0123abcd"]
 
 
 def test_a_directory_that_cannot_be_renamed_is_removed_where_it_is(

@@ -26,12 +26,6 @@ SCALE_GROUP = 256
 """Scales that are held in 8 bits are so in groups of this size, with a float32 scale of their own."""
 
 
-def _weight(packed: Tensor, constants: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] that ``packed`` and its constants (see :func:`constants_of`) stand for."""
-    dequantise = dequantiser(packed.device, dtype, len(constants) > PLAIN_CONSTANTS)
-    return dequantise(packed, constants, (out_features, in_features), dtype)
-
-
 Dequantise = Callable[[Tensor, Sequence[Tensor], tuple[int, int], torch.dtype], Tensor]
 """Packed numbers, their constants, shape and dtype of the weight: the weight."""
 
@@ -84,6 +78,12 @@ def _trial(device: torch.device, double: bool) -> tuple[Tensor, list[Tensor], tu
         weight, blocksize=BLOCK_SIZE, compress_statistics=double, quant_type=QUANT_TYPE
     )
     return packed, constants_of(state), (65, 4160)
+
+
+def _weight(packed: Tensor, constants: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that ``packed`` and its constants (see :func:`constants_of`) stand for."""
+    dequantise = dequantiser(packed.device, dtype, len(constants) > PLAIN_CONSTANTS)
+    return dequantise(packed, constants, (out_features, in_features), dtype)
 
 
 def _linear_4bit(
@@ -144,6 +144,7 @@ def _flops(inputs: Any, packed: Any, constants: Any, features: int, *args: Any, 
 
 
 PLAIN_CONSTANTS = 2
+"""How many constants there are where scales are held in float32."""
 
 
 def constants_of(state: Any) -> list[Tensor]:

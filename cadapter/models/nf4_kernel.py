@@ -62,8 +62,8 @@ def unpack(
         constants: the scales and the 16 values; where scales are held in 8 bits also the largest scale of each group,
             the table of 256 codes, and the mean scale.
         shape, dtype: of the weight.
-        block: numbers that share a scale, an even number.
-        group: scales that share a largest one, where they are held in 8 bits.
+        block: numbers that share a scale, a power of 2.
+        group: scales that share a largest one, where they are held in 8 bits; group · block is a multiple of 2 · BYTES.
     """
     weight = torch.empty(shape, dtype=dtype, device=packed.device)
     numbers = weight.numel()
