@@ -279,7 +279,11 @@ def test_documents_have_command_lines() -> None:
     assert all(command_lines(page) for page in COMMAND_PAGES.glob("*.md"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    # Its page has the same examples, and each takes seconds.
+    [pytest.param(each, marks=pytest.mark.slow) if each == "doctor" else each for each in COMMANDS],
+)
 def test_the_examples_of_a_command_run(command: str, trained: Path, tmp_path: Path) -> None:
     root = tmp_path / "project"
     shutil.copytree(trained, root)

@@ -46,6 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "model")
 
 
+@pytest.mark.slow
 def test_where_paths_are_shared_rank_0_builds_and_the_others_wait(tmp_path: Path, model: Path) -> None:
     root = a_project(tmp_path / "shared", model)
     _, said, found = prepared(root, root)

@@ -65,7 +65,11 @@ def test_the_loss_is_that_of_each_document_alone(project: Project, one_process: 
 @pytest.mark.parametrize(
     ("processes", "keys"),
     [
-        (2, {"pipeline_stages": 2, "gradient_accumulation_steps": 8, "activation_checkpointing": "full"}),
+        pytest.param(
+            2,
+            {"pipeline_stages": 2, "gradient_accumulation_steps": 8, "activation_checkpointing": "full"},
+            marks=pytest.mark.slow,
+        ),
         (1, {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "attn_implementation": "eager"}),
     ],
 )

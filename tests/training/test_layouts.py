@@ -75,7 +75,7 @@ def one_process(project: Project) -> Path:
 
 LAYOUTS = [
     pytest.param(2, {"pipeline_stages": 2, "gradient_accumulation_steps": 8}, id="2x1x8", marks=pytest.mark.slow),
-    pytest.param(2, {"gradient_accumulation_steps": 4}, id="1x2x4"),
+    pytest.param(2, {"gradient_accumulation_steps": 4}, id="1x2x4", marks=pytest.mark.slow),
     pytest.param(4, {"pipeline_stages": 2, "gradient_accumulation_steps": 4}, id="2x2x4"),
     pytest.param(1, {"micro_batch_size": 2, "gradient_accumulation_steps": 4}, id="1x1x4-micro-batch-2"),
     pytest.param(4, {"pipeline_stages": 4, "gradient_accumulation_steps": 8}, id="4x1x8", marks=pytest.mark.slow),

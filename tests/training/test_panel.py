@@ -121,6 +121,7 @@ def assert_nothing_comes_twice(last: list[str]) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_draw_one_panel_that_leaves_nothing_behind(project: Project) -> None:
     session = watched(project, "watched-2", 2, 100)
     screens = [plain(lines) for lines in session.screens()]
