@@ -23,7 +23,15 @@ from transformers import (
 from cadapter.classes import IGNORED_LABEL
 from cadapter.models import loss
 from cadapter.models.families import FAMILIES, LogitFacts, logit_facts
-from cadapter.models.loss import PLAIN, chunk_length, compare_rows, logits_of, score_products, weighted_cross_entropy
+from cadapter.models.loss import (
+    PLAIN,
+    chunk_length,
+    compare_rows,
+    logits_of,
+    scaled,
+    score_products,
+    weighted_cross_entropy,
+)
 
 TOKENS, WIDTH, VOCAB = 53, 24, 40
 ROW_BYTES = 4 * VOCAB
@@ -338,4 +346,21 @@ def test_compiled_scores_are_those_of_the_plain_function(facts):
             torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-7)
         else:
             assert found[2] is expected[2] is None
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
+def test_a_gradient_is_scaled_by_the_factor_itself(held, wanted, compiles):
+    """By 0.3, which is 0.3008 in bfloat16."""
+    scale = torch.compile(scaled, fullgraph=True, dynamic=False, backend="aot_eager") if compiles else scaled
+    gradient = torch.randn(64, 9, generator=torch.Generator().manual_seed(3)).to(held)
+    exact = gradient.double() * 0.3
+    found = scale(gradient.clone(), torch.tensor(0.3), wanted)
+    assert found.dtype == wanted
+    # Rounded once to what is wanted, after a product in float32.
+    torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(wanted).eps, atol=0)
+    # On average without error; a rounded factor would show as 0.0026.
+    assert (found.double().abs().sum() / exact.abs().sum()).item() == pytest.approx(1, abs=5e-4)
     torch._dynamo.reset()
