@@ -196,6 +196,7 @@ def test_every_way_to_train_has_a_plan(planned: Project, keys: dict[str, Any]) -
     assert said["trained_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_a_rehearsal_shows_the_parts_and_is_refused_where_the_run_would_be(tmp_path: Path) -> None:
     from tests.tiny_project import run, run_well
 

@@ -143,6 +143,7 @@ def test_what_a_run_will_take_is_compared_with_what_is_free(
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_is_written(project: Project, disk: Path) -> None:
     """Within the megabyte that is reckoned for what is small."""
     keys = {**KEYS, "lora_rank": 512, "max_steps": 4, "max_checkpoints": 1, "output_dir": str(disk / "run")}

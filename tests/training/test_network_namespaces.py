@@ -117,6 +117,7 @@ def start_endless(project: Project, machines: tuple[Machine, Machine], name: str
     return commands
 
 
+@pytest.mark.slow
 def test_a_pipeline_across_two_nodes(project: Project, machines: tuple[Machine, Machine], losses) -> None:
     config = project.write_config("nodes-2x1", **KEYS, gradient_accumulation_steps=8, pipeline_stages=2)
     (_, first, _), (_, second, _) = works(machines, "train", config, "--num-nodes", 2, "--master-addr", "10.99.0.1")

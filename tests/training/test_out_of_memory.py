@@ -128,6 +128,7 @@ for call in sys.argv[1:]:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_each_part_of_a_run_has_advice_of_its_own(project: Project) -> None:
     keys: dict[str, Any] = {"max_steps": 1, "sequence_len": 128}
     tried = project.write_config("tried", **keys)

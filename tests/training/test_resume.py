@@ -110,6 +110,7 @@ def test_a_terminated_run_goes_on_bit_for_bit(project: Project, straight: Path) 
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_an_evaluation_which_the_resumed_run_makes(project: Project, straight: Path) -> None:
     """Whoever stops a run gives it half a minute, often, before it is killed."""
     config = project.write_config("stopped-at-evaluation", **KEYS)
