@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Iterator
@@ -109,14 +108,8 @@ class Trainer:
         if self._goes_on and self.run.rehearsal.is_needed:
             self._rehearse()
         self._evaluate_if_due()
-        first = self.position.step + 1
         while self._goes_on:
             stop, save = self._step()
-            if self.position.step == first:
-                # What is there now stays. Python's garbage collector would go through all of it again and again, a
-                # million objects with what the compiler made, while the GPU waits.
-                gc.collect()
-                gc.freeze()
             if self.position.skipped > self.run.config.max_skipped_steps:
                 self._flush()
                 raise self._too_many_skipped()
